@@ -63,10 +63,8 @@ def length_warnings(request: Request, *, position_limit: int | None) -> tuple[st
     """What a person should know of `max_length`, though the job runs."""
     if position_limit is None or request.max_length is None or request.max_length <= position_limit:
         return ()
-    return (
-        f"`--max_length {request.max_length}` is beyond the model's {position_limit} positions: "
-        "it may train, but not well",
-    )
+    beyond = f"`--max_length {request.max_length}` is beyond the model's {position_limit} positions"
+    return (f"{beyond}: it may train, but not well",)
 
 
 def is_stated(request: Request, name: str) -> bool:
@@ -90,18 +88,15 @@ def _together(problems: Sequence[MemplanError]) -> MemplanError:
 
 
 def _sizes(request: Request) -> Iterator[MemplanError]:
-    for name in (*_COUNTS, "lora_r"):
+    for name in (*_COUNTS, "lora_r", "lora_alpha"):
         value = getattr(request, name)
-        if value is not None and not 1 <= value <= _LARGEST:
+        if value is not None and not (isinstance(value, int) and 1 <= value <= _LARGEST):
             yield _out_of_range(name, value, f"a whole number from 1 to {_LARGEST}")
-    alpha = request.lora_alpha
-    if alpha is not None and not 1 <= alpha <= _LARGEST:
-        yield _out_of_range("lora_alpha", alpha, f"a whole number from 1 to {_LARGEST}")
     dropout = request.lora_dropout
-    if dropout is not None and not 0 <= dropout < 1:
+    if dropout is not None and not (isinstance(dropout, int | float) and 0 <= dropout < 1):
         yield _out_of_range("lora_dropout", dropout, "at least 0 and less than 1")
     norm = request.max_grad_norm
-    if norm is not None and not (norm >= 0 and math.isfinite(norm)):
+    if norm is not None and not (isinstance(norm, int | float) and 0 <= norm < math.inf):
         yield _out_of_range("max_grad_norm", norm, "0, which turns clipping off, or a positive number")
 
 
@@ -202,7 +197,7 @@ def _processes(request: Request) -> Iterator[MemplanError]:
     if request.num_processes is not None and cards and request.num_processes > cards:
         yield MemplanError(
             reference="more-processes-than-cards",
-            message=f"`--num_processes {request.num_processes}` on {cards} {'card' if cards == 1 else 'cards'}",
+            message=f"`--num_processes {request.num_processes}` is more than the cards named, {cards}",
             context="each process of a job has a card of its own",
             hint=f"name as many cards with `--gpus`, or use `--num_processes {cards}`",
         )
@@ -212,10 +207,10 @@ _RULES = (_sizes, _names, _precision, _quantization, _dependents, _processes)
 
 
 def _out_of_range(name: str, value: Any, allowed: str) -> MemplanError:
-    shown = str(value) if isinstance(value, float) or abs(value) < 10**12 else "a number of that size"
+    is_long = isinstance(value, int) and abs(value) > _LARGEST  # its digits could fill the screen
     return MemplanError(
         reference="value-out-of-range",
-        message=f"`--{name}` can't be {shown}",
+        message=f"`--{name}` can't be {'a number of that size' if is_long else repr(value)}",
         hint=f"`--{name}` takes {allowed}",
     )
 
