@@ -50,7 +50,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         arguments, answer = ["--help"], int(ExitCode.BAD_INPUT)
     try:
         result = group().main(arguments, prog_name="memplan", standalone_mode=False, obj=output)
-        return result if isinstance(result, int) else answer
+        return answer or int(result or 0)
     except MemplanError as error:
         output.error(error)
         return int(error.exit_code)
@@ -87,7 +87,7 @@ def usage_error(error: click.UsageError) -> MemplanError:
 def _unknown_option(error: click.NoSuchOption, hint: str) -> MemplanError:
     known = [name for p in error.ctx.command.params for name in p.opts] if error.ctx else []
     near = near_options(error.option_name, [name for name in known if name.startswith("--")])
-    if near:
+    if near and len(error.option_name) > 2:
         hint = f"did you mean {' or '.join(f'`{name}`' for name in near)}?"
     return MemplanError("unknown-option", f"no option is called `{error.option_name}`", hint=hint)
 

@@ -74,7 +74,7 @@ def command() -> click.Command:
 
 
 @click.pass_obj
-def check(output: Output, model: str, gpus: str | None, no_cache: bool, **given: Any) -> int:
+def check(output: Output, /, model: str, gpus: str | None, no_cache: bool, **given: Any) -> int:
     """Answer on the output and return the exit code."""
     request = build_request(model, gpus, given)
     from memplan.request.validate import validate

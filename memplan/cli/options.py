@@ -139,7 +139,7 @@ def near_options(name: str, known: Sequence[str]) -> list[str]:
     return [f"--{match}" for match in near]
 
 
-class _Flag(click.ParamType):
+class _Flag(click.ParamType[bool]):
     name = "boolean"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bool:
@@ -151,7 +151,7 @@ class _Flag(click.ParamType):
         return word in TRUE_WORDS
 
 
-class _Words(click.ParamType):
+class _Words(click.ParamType[str | tuple[str, ...]]):
     name = "names"
 
     def convert(
@@ -165,7 +165,7 @@ class _Words(click.ParamType):
         return words[0] if words == ("all-linear",) else words
 
 
-_TYPES: Mapping[str, tuple[click.ParamType, str | None]] = {
+_TYPES: Mapping[str, tuple[click.ParamType[Any], str]] = {
     "flag": (_Flag(), "[BOOL]"),
     "int": (click.INT, "N"),
     "float": (click.FLOAT, "X"),

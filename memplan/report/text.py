@@ -20,7 +20,7 @@ _PLAIN = str.maketrans(
         **dict.fromkeys("╭╮╰╯┌┐└┘├┤┬┴┼╞╡╪╟╢", "+"),
         **dict.fromkeys("─━═╌", "-"),
         **dict.fromkeys("│┃║", "|"),
-        "█": "#", "▒": "=", "░": ".", "×": "x", "–": "-", "—": "-", "·": "-", "→": ">", "…": "~",
+        "■": "*", "█": "#", "▒": "=", "░": ".", "×": "x", "–": "-", "—": "-", "·": "-", "→": ">", "…": "~",
     }
 )  # fmt: skip
 """One character for one, so that columns stay where they are."""
