@@ -111,7 +111,7 @@ class Plan:
     cached: bool = False
 
     def _repr_html_(self) -> str:
-        """The report in a notebook. The one import against the flow of data, and only when it is looked at."""
+        """The report in a notebook. The one import against the flow of data, made only then."""
         from memplan.report.notebook import plan_to_html
 
         return plan_to_html(self)

@@ -82,7 +82,7 @@ def check(output: Output, /, model: str, gpus: str | None, no_cache: bool, **giv
     validate(request)
     from memplan import plan
 
-    with output.status(f"Running a training step of {model} without a GPU …"):
+    with output.status(f"Running a training step of {model} without a GPU"):
         answer = plan.check(request, use_cache=False) if no_cache else plan.check(request)
     output.plan(answer)
     return int(exit_code(answer.verdict))

@@ -42,7 +42,7 @@ FIELDS: tuple[Field, ...] = (
     Field("token", "text", "Hub token, where the saved login isn't the one.", _MODEL),
     Field("trust_remote_code", "flag", "Run model code that comes with the checkpoint.", _MODEL),
     Field("dtype", DTYPES, "Type of the weights. Follows --bf16 or --fp16, else the checkpoint's.", _MODEL),
-    Field("attn_implementation", "text", "Attention: sdpa, eager, …", _MODEL),
+    Field("attn_implementation", "text", "Attention, as transformers names it: sdpa, eager.", _MODEL),
     Field("load", ("pretrained", "from_config"), "How the weights get onto the card.", _MODEL),
     Field("trainer", ("transformers", "trl"), "Whose defaults and step to plan for.", _TRAINING),
     Field("per_device_train_batch_size", "int", "Samples a card and step.", _TRAINING),

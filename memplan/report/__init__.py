@@ -1,1 +1,1 @@
-"""An answer as a person or a program reads it: terminal, JSON, notebook; and errors. Nothing is decided here."""
+"""Answers and errors as a person or a program reads them. Nothing is decided here."""
