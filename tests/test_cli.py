@@ -1,0 +1,479 @@
+"""The command line from outside: exit codes, streams, spellings, and the words of its errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import memplan.plan
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from memplan.cli import app, docs
+from memplan.cli.check import command, exit_code
+from memplan.cli.options import FIELDS, normalized, request_values
+from memplan.cli.output import format_asked_for
+from memplan.errors import MemplanError
+from memplan.request import CardSpec, Request
+from plans import CARD, founding_plan
+
+ROOT = Path(__file__).parents[1]
+
+OPTIONS = [
+    "--revision", "--token", "--trust_remote_code", "--dtype", "--attn_implementation", "--load", "--trainer",
+    "--per_device_train_batch_size", "--gradient_accumulation_steps", "--max_length", "--padding", "--bf16",
+    "--fp16", "--optim", "--max_grad_norm", "--gradient_checkpointing", "--use_reentrant",
+    "--use_liger_kernel", "--use_peft", "--lora_r", "--lora_alpha", "--lora_dropout",
+    "--lora_target_modules", "--load_in_4bit", "--load_in_8bit", "--bnb_4bit_quant_type",
+    "--bnb_4bit_compute_dtype", "--bnb_4bit_quant_storage", "--use_bnb_nested_quant",
+    "--prepare_model_for_kbit_training", "--num_processes", "--alloc_conf", "--gpus", "--no_cache",
+    "--format",
+]  # fmt: skip
+
+
+def memplan_process(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own, outside any terminal."""
+    inherited = {
+        k: v for k, v in os.environ.items() if not k.startswith(("PYTORCH_", "COLUMNS", "LC_", "LANG"))
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "memplan", *arguments],
+        env=inherited | {"LANG": "C.UTF-8", "PYTHONPATH": str(ROOT)} | environ,
+        cwd="/",
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """The engine replaced by one that answers with a plan made by hand; the requests that it was asked."""
+    asked: list[Request] = []
+
+    def check(request: Request, **options: Any) -> Any:
+        asked.append(request)
+        if isinstance(engine_answers[0], BaseException):
+            raise engine_answers[0]
+        return engine_answers[0]
+
+    def cards(text: str) -> tuple[CardSpec, ...]:
+        return (CARD,) * int(text.partition("x")[0])
+
+    monkeypatch.setattr(memplan.plan, "check", check, raising=False)
+    for name, function in (("parse", "parse_cards"), ("nvml", "probe_cards")):
+        module = ModuleType(f"memplan.gpus.{name}")
+        setattr(module, function, cards if name == "parse" else tuple)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(variable, raising=False)
+    engine_answers[:] = [founding_plan()]
+    return asked
+
+
+engine_answers: list[Any] = []
+
+
+def ask(asked: list[Request], *arguments: str) -> Request:
+    app.run(["check", "m", "--gpus", "3x", "--format", "quiet", *arguments])
+    return asked[-1]
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("arguments", "text"),
+        [
+            (
+                ["chekc"],
+                "error[bad-usage]: no such command `chekc`\n  hint: `memplan --help` shows what there is\n",
+            ),
+            (
+                ["check"],
+                "error[no-model]: no MODEL is named\n"
+                "  hint: put MODEL first, `memplan check MODEL`: a list option takes all words after it\n",
+            ),
+            (
+                ["check", "m", "n"],
+                "error[bad-usage]: got unexpected extra argument (n)\n"
+                "  hint: `memplan check --help` shows what there is\n",
+            ),
+            (
+                ["check", "m", "--lora_rank", "8"],
+                "error[unknown-option]: no option is called `--lora_rank`\n"
+                "  hint: did you mean `--lora_r` or `--lora_alpha`?\n",
+            ),
+            (
+                ["check", "m", "--xyzzy"],
+                "error[unknown-option]: no option is called `--xyzzy`\n"
+                "  hint: `memplan check --help` shows what there is\n",
+            ),
+            (
+                ["check", "m", "-x"],
+                "error[unknown-option]: no option is called `-x`\n"
+                "  hint: `memplan check --help` shows what there is\n",
+            ),
+            (
+                ["check", "m", "--bf16=maybe"],
+                "error[bad-usage]: `--bf16`: `maybe` is neither `True` nor `False`\n"
+                "  hint: `memplan check --help` shows what there is\n",
+            ),
+            (
+                ["check", "m", "--max-length", "1e3"],
+                "error[bad-usage]: `--max_length`: `1e3` is not a valid integer\n"
+                "  hint: `memplan check --help` shows what there is\n",
+            ),
+            (
+                ["check", "m", "--dtype", "bf16"],
+                "error[bad-usage]: `--dtype`: `bf16` is not one of `bfloat16`, `float16`, `float32`\n"
+                "  hint: `memplan check --help` shows what there is\n",
+            ),
+            (
+                ["check", "m", "--format", "xml"],
+                "error[bad-usage]: `--format`: `xml` is not one of `auto`, `human`, `json`, `quiet`\n"
+                "  hint: `memplan check --help` shows what there is\n",
+            ),
+            (
+                ["check", "m", "--gpus"],
+                "error[bad-usage]: option `--gpus` requires an argument\n"
+                "  hint: `memplan check --help` shows what there is\n",
+            ),
+            (
+                ["check", "m", "--lora_target_modules", "--use_peft"],
+                "error[bad-usage]: `--lora_target_modules`: names no module\n"
+                "  hint: `memplan check --help` shows what there is\n",
+            ),
+        ],
+    )
+    def test_bad_usage(self, arguments: list[str], text: str) -> None:
+        process = memplan_process(*arguments)
+        assert (process.stdout, process.stderr, process.returncode) == ("", text, 2)
+
+    def test_impossible_options_come_all_at_once(self, engine: list[Request], capsys: Any) -> None:
+        code = app.run(["check", "m", "--gpus", "1x", "--bf16", "--fp16", "--max_length", "0"])
+        assert capsys.readouterr() == (
+            "",
+            "error[several-problems]: 2 problems with the request\n"
+            "  why: `value-out-of-range`: `--max_length` can't be 0\n"
+            "  why: `bf16-with-fp16`: `--bf16` and `--fp16` exclude each other\n"
+            "  hint: `--max_length` takes a whole number from 1 to 2147483647\n"
+            "  hint: keep one: `--bf16` on Ampere or newer, `--fp16` on older cards\n",
+        )
+        assert (code, engine) == (2, [])
+
+    def test_no_card_anywhere(self, engine: list[Request], capsys: Any) -> None:
+        assert app.run(["check", "m"]) == 2
+        assert capsys.readouterr() == (
+            "",
+            "error[no-gpu]: this machine shows no GPU, and `--gpus` names none\n"
+            "  hint: name the cards of the job, for example `--gpus 2x24GiB` or `--gpus H100-80GB`\n",
+        )
+
+    def test_json_errors_are_all_there_is(self) -> None:
+        process = memplan_process("check", "m", "--format=json", "--xyzzy")
+        assert process.stderr == ""
+        assert json.loads(process.stdout)["error"]["reference"] == "unknown-option"
+        assert process.returncode == 2
+
+    def test_a_fault_of_ours_is_short(self, engine: list[Request], capsys: Any, monkeypatch: Any) -> None:
+        engine_answers[:] = [RuntimeError("broken")]
+        assert app.run(["check", "m", "--gpus", "1x"]) == 70
+        assert capsys.readouterr().err == (
+            "error[internal-error]: memplan failed: RuntimeError: broken\n"
+            "  note: this is a fault of memplan, not of your request\n"
+            "  hint: run it again with `MEMPLAN_TRACEBACK=1` and report what it shows where you got memplan from\n"
+        )
+        monkeypatch.setenv("MEMPLAN_TRACEBACK", "1")
+        with pytest.raises(RuntimeError, match="broken"):
+            app.run(["check", "m", "--gpus", "1x"])
+
+    def test_the_engine_s_errors_keep_their_exit_code(self, engine: list[Request], capsys: Any) -> None:
+        from memplan.errors import ExitCode
+
+        engine_answers[:] = [MemplanError("cannot-run", "stuck at `aten::x`", exit_code=ExitCode.UNKNOWN)]
+        assert app.run(["check", "m", "--gpus", "1x"]) == 3
+        assert capsys.readouterr().err == "error[cannot-run]: stuck at `aten::x`\n"
+
+    def test_interrupted(self, engine: list[Request], capsys: Any) -> None:
+        engine_answers[:] = [KeyboardInterrupt()]
+        assert app.run(["check", "m", "--gpus", "1x"]) == 130
+        assert "Traceback" not in capsys.readouterr().err
+
+    def test_no_arguments_show_the_help_but_do_not_say_that_it_fits(self) -> None:
+        process = memplan_process()
+        assert process.stdout.startswith("Usage: memplan")
+        assert process.returncode == 2
+
+
+class TestAnswers:
+    @pytest.mark.parametrize(
+        ("verdict", "code"), [("fits", 0), ("tight", 0), ("does not fit", 1), ("unknown", 3), ("?", 3)]
+    )
+    def test_exit_codes(self, verdict: str, code: int) -> None:
+        assert exit_code(verdict) == code
+
+    def test_human(self, engine: list[Request], capsys: Any) -> None:
+        assert app.run(["check", "m", "--gpus", "3x"]) == 1
+        out, err = capsys.readouterr()
+        assert out.splitlines()[1].strip("│ |") == "Does not fit"
+        assert err == "hint: load the base in 4 bits: add `--load_in_4bit`\n"
+
+    def test_json(self, engine: list[Request], capsys: Any) -> None:
+        assert app.run(["check", "m", "--gpus", "3x", "--format", "json"]) == 1
+        out, err = capsys.readouterr()
+        assert json.loads(out)["verdict"] == "does not fit"
+        assert err == ""
+
+    def test_quiet(self, engine: list[Request], capsys: Any) -> None:
+        assert app.run(["check", "m", "--gpus", "3x", "--format", "quiet"]) == 1
+        assert capsys.readouterr() == ("does not fit\n", "")
+
+    def test_a_reader_that_goes_away_is_no_error(self, tmp_path: Path) -> None:
+        script = (
+            "import sys; from plans import founding_plan; from memplan.cli.output import Output\n"
+            "out = Output(); [out.plan(founding_plan()) for _ in range(200)]; sys.exit(1)"
+        )
+        errors = tmp_path / "errors"
+        line = f'"$0" -c "$1" 2>{errors} | head -1; echo "${{PIPESTATUS[0]}}"'
+        path = f"{ROOT}:{ROOT / 'tests'}"
+        process = subprocess.run(
+            ["bash", "-c", line, sys.executable, script],
+            env=os.environ | {"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert process.stdout.splitlines()[-1] == "1"
+        assert "Traceback" not in errors.read_text()
+
+    @pytest.mark.parametrize("environ", [{"LANG": "C"}, {"TERM": "dumb"}, {"LC_ALL": "POSIX"}])
+    def test_ascii(self, environ: dict[str, str]) -> None:
+        process = self._rendered(**environ)
+        assert process.stdout.isascii()
+        assert process.stdout.startswith("+- llama-2-13b ---")
+
+    def test_width(self) -> None:
+        assert max(map(len, self._rendered(COLUMNS="60").stdout.splitlines())) == 60
+        assert max(map(len, self._rendered().stdout.splitlines())) == 80
+
+    def test_colour(self) -> None:
+        assert "\x1b" not in self._rendered().stdout
+        assert "\x1b[31m" in self._rendered(FORCE_COLOR="1").stdout
+        assert "\x1b" not in self._rendered(FORCE_COLOR="1", NO_COLOR="1").stdout
+
+    @staticmethod
+    def _rendered(**environ: str) -> subprocess.CompletedProcess[str]:
+        script = "from plans import founding_plan; from memplan.cli.output import Output; Output().plan(founding_plan())"
+        kept = {
+            k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "COLUMNS", "NO_COLOR"))
+        }
+        path = f"{ROOT}:{ROOT / 'tests'}"
+        return subprocess.run(
+            [sys.executable, "-c", script],
+            env=kept | {"LANG": "en_US.UTF-8", "PYTHONUTF8": "1", "PYTHONPATH": path} | environ,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+
+
+class TestOptions:
+    def test_the_surface_is_frozen(self) -> None:
+        """Scripts are written against these. To add one, add it here too; none is ever taken away."""
+        parameters = [p for p in command().params if p.param_type_name == "option"]
+        assert [p.opts[0] for p in parameters] == OPTIONS
+
+    @pytest.mark.parametrize("option", OPTIONS)
+    def test_both_spellings(self, option: str) -> None:
+        spellings = next(p.opts for p in command().params if option in p.opts)
+        assert option.replace("--", "").replace("_", "-") in [spelling[2:] for spelling in spellings]
+
+    def test_every_field_is_one_of_the_request(self) -> None:
+        from dataclasses import fields
+
+        assert {field.name for field in FIELDS} < {field.name for field in fields(Request)}
+
+    def test_the_founding_command(self, engine: list[Request]) -> None:
+        request = ask(
+            engine, "--use_peft", "--lora_target_modules", "all-linear", "--bf16", "--gradient_checkpointing",
+            "--per_device_train_batch_size", "1", "--max_length", "512",
+        )  # fmt: skip
+        stated = {name: origin.where for name, origin in request.origins.items() if origin.stated}
+        assert stated == {
+            name: f"`--{name}`"
+            for name in ("use_peft", "lora_target_modules", "bf16", "gradient_checkpointing",
+                         "per_device_train_batch_size", "max_length")
+        } | {"cards": "`--gpus`"}  # fmt: skip
+        assert request.lora_target_modules == "all-linear"
+        assert request.cards == (CARD,) * 3
+        assert (request.bf16, request.max_length, request.fp16, request.optim) == (True, 512, None, None)
+
+    @pytest.mark.parametrize(
+        ("arguments", "value"),
+        [
+            (["--bf16"], True),
+            (["--bf16", "True"], True),
+            (["--bf16", "0"], False),
+            (["--bf16=no"], False),
+            (["--bf16", "FALSE"], False),
+            (["--bf16", "--max-length", "8"], True),
+            ([], None),
+        ],
+    )
+    def test_booleans(self, engine: list[Request], arguments: list[str], value: bool | None) -> None:
+        assert ask(engine, *arguments).bf16 is value
+
+    def test_a_bare_boolean_leaves_the_model_alone(self, engine: list[Request]) -> None:
+        app.run(["check", "--use-peft", "--bf16", "llama", "--gpus", "1x", "--format", "quiet"])
+        assert (engine[-1].model, engine[-1].bf16) == ("llama", True)
+
+    @pytest.mark.parametrize(
+        ("arguments", "value"),
+        [
+            (["all-linear"], "all-linear"),
+            (["q_proj"], ("q_proj",)),
+            (["q_proj", "v_proj"], ("q_proj", "v_proj")),
+            (["q_proj,v_proj"], ("q_proj", "v_proj")),
+            (["q_proj, v_proj", "k_proj"], ("q_proj", "v_proj", "k_proj")),
+        ],
+    )
+    def test_lists(self, engine: list[Request], arguments: list[str], value: Any) -> None:
+        request = ask(engine, "--use_peft", "--lora-target-modules", *arguments, "--lora-r", "4")
+        assert (request.lora_target_modules, request.lora_r) == (value, 4)
+
+    def test_a_list_may_stand_before_the_model_when_it_is_all_linear(self, engine: list[Request]) -> None:
+        arguments = ["--use_peft", "--lora_target_modules", "all-linear", "llama"]
+        app.run(["check", *arguments, "--gpus", "1x", "--format", "quiet"])
+        assert engine[-1].model == "llama"
+
+    def test_alloc_conf_of_the_environment_is_read_and_named(
+        self, engine: list[Request], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "old:1")
+        assert ask(engine).alloc_conf == "old:1"
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        request = ask(engine)
+        assert request.alloc_conf == "expandable_segments:True"
+        origin = request.origins["alloc_conf"]
+        assert (origin.stated, origin.where) == (False, "PYTORCH_ALLOC_CONF of this environment")
+        assert ask(engine, "--alloc_conf", "backend:native").alloc_conf == "backend:native"
+
+    def test_the_token_is_shown_nowhere(self, engine: list[Request]) -> None:
+        request = ask(engine, "--token", "hf_secret")
+        assert request.token == "hf_secret"
+        assert "hf_secret" not in repr(request)
+        assert "token" not in request.origins
+
+    @given(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "bf16": st.booleans(),
+                "max_length": st.integers(),
+                "lora_dropout": st.floats(allow_nan=False),
+                "optim": st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1),
+                "dtype": st.sampled_from(["bfloat16", "float16", "float32"]),
+                "lora_target_modules": st.lists(st.text("abc_.", min_size=1), min_size=1, max_size=4).map(
+                    tuple
+                ),
+            },
+        ),
+        st.booleans(),
+        st.booleans(),
+    )
+    def test_what_is_written_is_what_is_read(
+        self, values: dict[str, Any], dashes: bool, equals: bool
+    ) -> None:
+        arguments = ["model"]
+        for name, value in values.items():
+            option = f"--{name.replace('_', '-') if dashes else name}"
+            words = [*value] if isinstance(value, tuple) else [str(value)]
+            arguments += [f"{option}={','.join(words)}"] if equals else [option, *words]
+        context = command().make_context("check", arguments)
+        read, origins = request_values(context.params)
+        assert read == values
+        assert origins.keys() == values.keys()
+        assert context.params["model"] == "model"
+
+    @given(st.lists(st.text(max_size=8)))
+    def test_normalizing_leaves_other_words_alone(self, arguments: list[str]) -> None:
+        assert normalized(["--", *arguments]) == ["--", *arguments]
+        plain = [argument for argument in arguments if not argument.startswith("-")]
+        assert normalized(plain) == plain
+
+    @given(st.lists(st.sampled_from(["--format", "json", "--format=json", "quiet", "--", "human", "x"])))
+    def test_the_format_is_found_before_parsing(self, arguments: list[str]) -> None:
+        assert format_asked_for(arguments) in ("auto", "json", "quiet", "human")
+
+    def test_the_last_format_wins(self) -> None:
+        assert format_asked_for(["--format", "json", "--format=quiet"]) == "quiet"
+        assert format_asked_for(["--format", "xml"]) == "auto"
+        assert format_asked_for(["--", "--format", "json"]) == "auto"
+
+
+class TestHelp:
+    def test_the_page_is_the_command_s_own(self) -> None:
+        """`python -m memplan.cli.docs` writes it anew."""
+        assert docs.DOCUMENT.read_text(encoding="utf-8") == docs.document()
+
+    def test_help_is_instant_and_imports_nothing_heavy(self) -> None:
+        script = (
+            "import sys; from memplan.cli.app import run; run(['--help']); run(['check', '--help'])\n"
+            "heavy = {'torch', 'rich', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules)\n"
+            "assert not heavy, heavy"
+        )
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
+        best = min(self._seconds() for _ in range(5))
+        assert best < 0.2
+
+    @staticmethod
+    def _seconds() -> float:
+        start = time.perf_counter()
+        assert memplan_process("--help").returncode == 0
+        return time.perf_counter() - start
+
+    def test_version(self) -> None:
+        assert memplan_process("--version").stdout == f"memplan {memplan.__version__}\n"
+
+
+def test_ctrl_c_while_starting_leaves_no_traceback(tmp_path: Path) -> None:
+    script = (
+        "import sys, time, types, memplan.plan\n"
+        "def check(request, **options):\n"
+        "    print('ready', file=sys.stderr, flush=True); time.sleep(30)\n"
+        "memplan.plan.check = check\n"
+        "cards = types.ModuleType('memplan.gpus.parse')\n"
+        "from memplan.request import CardSpec\n"
+        "cards.parse_cards = lambda text: (CardSpec(name='x', total_bytes=1),)\n"
+        "sys.modules['memplan.gpus.parse'] = cards\n"
+        "sys.argv = ['memplan', 'check', 'm', '--gpus', 'x']\n"
+        "from memplan.cli import main; sys.exit(main())"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert process.stderr.read().strip() == ""
+    process.stderr.close()
