@@ -12,20 +12,24 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import memplan.plan
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import CARD, founding_plan
+
+import memplan.plan
 from memplan.cli import app, docs
 from memplan.cli.check import command, exit_code
 from memplan.cli.options import FIELDS, normalized, request_values
 from memplan.cli.output import format_asked_for
 from memplan.errors import MemplanError
 from memplan.request import CardSpec, Request
-from plans import CARD, founding_plan
 
 ROOT = Path(__file__).parents[1]
 
+ROOT_HELP = "`memplan --help` shows what there is"
+CHECK_HELP = "`memplan check --help` shows what there is"
+MODEL_FIRST = "put MODEL first, `memplan check MODEL`: a list option takes all words after it"
 OPTIONS = [
     "--revision", "--token", "--trust_remote_code", "--dtype", "--attn_implementation", "--load", "--trainer",
     "--per_device_train_batch_size", "--gradient_accumulation_steps", "--max_length", "--padding", "--bf16",
@@ -90,77 +94,56 @@ def ask(asked: list[Request], *arguments: str) -> Request:
 
 class TestErrors:
     @pytest.mark.parametrize(
-        ("arguments", "text"),
+        ("arguments", "error", "hint"),
         [
+            ("chekc", "bad-usage]: no such command `chekc`", ROOT_HELP),
+            ("check", "no-model]: no MODEL is named", MODEL_FIRST),
+            ("check m n", "bad-usage]: got unexpected extra argument (n)", CHECK_HELP),
             (
-                ["chekc"],
-                "error[bad-usage]: no such command `chekc`\n  hint: `memplan --help` shows what there is\n",
+                "check m --lora_rank 8",
+                "unknown-option]: no option is called `--lora_rank`",
+                "did you mean `--lora_r` or `--lora_alpha`?",
+            ),
+            ("check m --xyzzy", "unknown-option]: no option is called `--xyzzy`", CHECK_HELP),
+            ("check m -x", "unknown-option]: no option is called `-x`", CHECK_HELP),
+            (
+                "check m --bf16=maybe",
+                "bad-usage]: `--bf16`: `maybe` is neither `True` nor `False`",
+                CHECK_HELP,
             ),
             (
-                ["check"],
-                "error[no-model]: no MODEL is named\n"
-                "  hint: put MODEL first, `memplan check MODEL`: a list option takes all words after it\n",
+                "check m --max-length 1e3",
+                "bad-usage]: `--max_length`: `1e3` is not a valid integer",
+                CHECK_HELP,
             ),
             (
-                ["check", "m", "n"],
-                "error[bad-usage]: got unexpected extra argument (n)\n"
-                "  hint: `memplan check --help` shows what there is\n",
+                "check m --dtype bf16",
+                "bad-usage]: `--dtype`: `bf16` is not one of `bfloat16`, `float16`, `float32`",
+                CHECK_HELP,
             ),
             (
-                ["check", "m", "--lora_rank", "8"],
-                "error[unknown-option]: no option is called `--lora_rank`\n"
-                "  hint: did you mean `--lora_r` or `--lora_alpha`?\n",
+                "check m --format xml",
+                "bad-usage]: `--format`: `xml` is not one of `auto`, `human`, `json`, `quiet`",
+                CHECK_HELP,
             ),
+            ("check m --gpus", "bad-usage]: option `--gpus` requires an argument", CHECK_HELP),
             (
-                ["check", "m", "--xyzzy"],
-                "error[unknown-option]: no option is called `--xyzzy`\n"
-                "  hint: `memplan check --help` shows what there is\n",
-            ),
-            (
-                ["check", "m", "-x"],
-                "error[unknown-option]: no option is called `-x`\n"
-                "  hint: `memplan check --help` shows what there is\n",
-            ),
-            (
-                ["check", "m", "--bf16=maybe"],
-                "error[bad-usage]: `--bf16`: `maybe` is neither `True` nor `False`\n"
-                "  hint: `memplan check --help` shows what there is\n",
-            ),
-            (
-                ["check", "m", "--max-length", "1e3"],
-                "error[bad-usage]: `--max_length`: `1e3` is not a valid integer\n"
-                "  hint: `memplan check --help` shows what there is\n",
-            ),
-            (
-                ["check", "m", "--dtype", "bf16"],
-                "error[bad-usage]: `--dtype`: `bf16` is not one of `bfloat16`, `float16`, `float32`\n"
-                "  hint: `memplan check --help` shows what there is\n",
-            ),
-            (
-                ["check", "m", "--format", "xml"],
-                "error[bad-usage]: `--format`: `xml` is not one of `auto`, `human`, `json`, `quiet`\n"
-                "  hint: `memplan check --help` shows what there is\n",
-            ),
-            (
-                ["check", "m", "--gpus"],
-                "error[bad-usage]: option `--gpus` requires an argument\n"
-                "  hint: `memplan check --help` shows what there is\n",
-            ),
-            (
-                ["check", "m", "--lora_target_modules", "--use_peft"],
-                "error[bad-usage]: `--lora_target_modules`: names no module\n"
-                "  hint: `memplan check --help` shows what there is\n",
+                "check m --lora_target_modules --use_peft",
+                "bad-usage]: `--lora_target_modules`: names no module",
+                CHECK_HELP,
             ),
         ],
     )
-    def test_bad_usage(self, arguments: list[str], text: str) -> None:
-        process = memplan_process(*arguments)
+    def test_bad_usage(self, arguments: str, error: str, hint: str) -> None:
+        process = memplan_process(*arguments.split())
+        text = f"error[{error}\n  hint: {hint}\n"
         assert (process.stdout, process.stderr, process.returncode) == ("", text, 2)
 
     def test_impossible_options_come_all_at_once(self, engine: list[Request], capsys: Any) -> None:
         code = app.run(["check", "m", "--gpus", "1x", "--bf16", "--fp16", "--max_length", "0"])
-        assert capsys.readouterr() == (
-            "",
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err == (
             "error[several-problems]: 2 problems with the request\n"
             "  why: `value-out-of-range`: `--max_length` can't be 0\n"
             "  why: `bf16-with-fp16`: `--bf16` and `--fp16` exclude each other\n"
@@ -171,8 +154,9 @@ class TestErrors:
 
     def test_no_card_anywhere(self, engine: list[Request], capsys: Any) -> None:
         assert app.run(["check", "m"]) == 2
-        assert capsys.readouterr() == (
-            "",
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err == (
             "error[no-gpu]: this machine shows no GPU, and `--gpus` names none\n"
             "  hint: name the cards of the job, for example `--gpus 2x24GiB` or `--gpus H100-80GB`\n",
         )
@@ -189,7 +173,7 @@ class TestErrors:
         assert capsys.readouterr().err == (
             "error[internal-error]: memplan failed: RuntimeError: broken\n"
             "  note: this is a fault of memplan, not of your request\n"
-            "  hint: run it again with `MEMPLAN_TRACEBACK=1` and report what it shows where you got memplan from\n"
+            "  hint: run it again with `MEMPLAN_TRACEBACK=1` and report what it shows\n"
         )
         monkeypatch.setenv("MEMPLAN_TRACEBACK", "1")
         with pytest.raises(RuntimeError, match="broken"):
@@ -272,7 +256,10 @@ class TestAnswers:
 
     @staticmethod
     def _rendered(**environ: str) -> subprocess.CompletedProcess[str]:
-        script = "from plans import founding_plan; from memplan.cli.output import Output; Output().plan(founding_plan())"
+        script = (
+            "from plans import founding_plan; from memplan.cli.output import Output\n"
+            "Output().plan(founding_plan())"
+        )
         kept = {
             k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "COLUMNS", "NO_COLOR"))
         }

@@ -13,6 +13,9 @@ import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import alternative, estimate, founding_plan, founding_request, rank
+from rich.cells import cell_len
+
 from memplan.errors import MemplanError
 from memplan.estimate import Plan
 from memplan.report import words
@@ -22,8 +25,6 @@ from memplan.report.terminal import render_plan
 from memplan.report.text import clean, clean_line, is_plain, to_ascii, wants_color
 from memplan.request import Origin
 from memplan.units import GIB, MIB
-from plans import alternative, estimate, founding_plan, founding_request, rank
-from rich.cells import cell_len
 
 EXPECTED = Path(__file__).parent / "expected"
 SCHEMA = json.loads((Path(words.__file__).parent / "plan.schema.json").read_text(encoding="utf-8"))

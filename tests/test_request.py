@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from memplan.errors import ExitCode, MemplanError
 from memplan.request import CardSpec, Origin, Request
 from memplan.request.defaults import BITSANDBYTES_CONFIG, LORA_CONFIG, TRAINING_ARGUMENTS, resolve_defaults
@@ -152,18 +153,18 @@ class TestDefaults:
         peft = pytest.importorskip("peft")
         transformers = pytest.importorskip("transformers")
         arguments = {f.name: f.default for f in fields(transformers.TrainingArguments)}
-        assert TRAINING_ARGUMENTS == {name: arguments[name] for name in TRAINING_ARGUMENTS}
+        assert {name: arguments[name] for name in TRAINING_ARGUMENTS} == TRAINING_ARGUMENTS
         lora = {f.name: f.default for f in fields(peft.LoraConfig)}
-        assert LORA_CONFIG == {
+        assert {
             "lora_r": lora["r"], "lora_alpha": lora["lora_alpha"], "lora_dropout": lora["lora_dropout"],
-        }  # fmt: skip
+        } == LORA_CONFIG  # fmt: skip
         assert lora["target_modules"] is None
         bnb = transformers.BitsAndBytesConfig(load_in_4bit=True)
-        assert BITSANDBYTES_CONFIG == {
+        assert {
             "bnb_4bit_quant_type": bnb.bnb_4bit_quant_type,
             "use_bnb_nested_quant": bnb.bnb_4bit_use_double_quant,
             "bnb_4bit_quant_storage": str(bnb.bnb_4bit_quant_storage).removeprefix("torch."),
-        }
+        } == BITSANDBYTES_CONFIG
         assert str(bnb.bnb_4bit_compute_dtype) == "torch.float32"
         names = {name.value for name in transformers.training_args.OptimizerNames}
         assert names == set(OPTIMIZERS) | UNSUPPORTED_OPTIMIZERS

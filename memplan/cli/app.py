@@ -103,6 +103,6 @@ def _internal_error(error: Exception) -> MemplanError:
     return MemplanError(
         "internal-error",
         f"memplan failed: {type(error).__name__}: {error}",
-        hint="run it again with `MEMPLAN_TRACEBACK=1` and report what it shows where you got memplan from",
+        hint="run it again with `MEMPLAN_TRACEBACK=1` and report what it shows",
         note="this is a fault of memplan, not of your request",
     )
