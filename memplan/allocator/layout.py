@@ -16,8 +16,8 @@ _SLOTS: Final = 1 << 20
 _CHUNK_BYTES: Final = 32 * MIB
 """Address ranges come in multiples of this. Measured: both histories in tests/measured/events
 (H100, driver 580.159.04, CUDA 13.0): a segment that starts a range is aligned to 32 MiB, the next range
-lies below it, smaller segments fill its tail from the bottom up, and a freed range is used again from its
-upper end."""
+lies below it, segments that fit fill the tail of the latest range from the bottom up, then that of the one
+before it, and a range without segments is used again from its upper end."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,39 @@ LAYOUTS: Final = tuple(
 """The rules that the uncertainty band is taken over; the first is the default."""
 
 
-@dataclass
+@dataclass(eq=False)
+class _Range:
+    """Addresses that the driver took at once, with what of them is not in a segment."""
+
+    start: int
+    size_bytes: int
+    holes: dict[int, int]
+    """Start → size."""
+
+    def take(self, size_bytes: int) -> int | None:
+        """The lowest hole that holds `size_bytes`."""
+        start = min((hole for hole, size in self.holes.items() if size >= size_bytes), default=None)
+        if start is not None:
+            rest = self.holes.pop(start) - size_bytes
+            if rest:
+                self.holes[start + size_bytes] = rest
+        return start
+
+
+@dataclass(eq=False)
 class AddressSpace:
     """The addresses in use under one rule."""
 
     order: str
     _low: int = _TOP
     _high: int = _TOP
-    _tails: dict[int, int] = field(default_factory=dict)
-    """Start → size of what is left of ranges in use."""
-    _ranges: dict[int, int] = field(default_factory=dict)
-    """Start → size of ranges that were given back, joined where they touch."""
     _slots_used: int = 0
+    _with_holes: dict[_Range, None] = field(default_factory=dict)
+    """Oldest first."""
+    _ranges: dict[int, _Range] = field(default_factory=dict)
+    """Start of a segment → its range."""
+    _free: dict[int, int] = field(default_factory=dict)
+    """Start → size of ranges that were given back, joined where they touch."""
 
     def take(self, size_bytes: int) -> int:
         """An address for a segment of `size_bytes`, a multiple of 2 MiB."""
@@ -56,50 +77,46 @@ class AddressSpace:
             return self._take_slot()
         if self.order in ("falling", "rising"):
             return self._extend(size_bytes + GIB)
-        tails = [(size, start) for start, size in self._tails.items() if size >= size_bytes]
-        if tails:
-            size, start = min(tails)
-            del self._tails[start]
+        for owner in reversed(self._with_holes):
+            start = owner.take(size_bytes)
+            if start is not None:
+                break
         else:
-            size = -(-size_bytes // _CHUNK_BYTES) * _CHUNK_BYTES
-            start = self._take_range(size)
-        if size > size_bytes:
-            self._tails[start + size_bytes] = size - size_bytes
+            range_bytes = -(-size_bytes // _CHUNK_BYTES) * _CHUNK_BYTES
+            start = self._take_range(range_bytes)
+            owner = _Range(start, range_bytes, {start: range_bytes})
+            owner.take(size_bytes)
+            self._with_holes[owner] = None
+        if not owner.holes:
+            del self._with_holes[owner]
+        self._ranges[start] = owner
         return start
 
     def give_back(self, start: int, size_bytes: int) -> None:
-        """The segment at `start` was freed: whole chunks serve as ranges again, the rest as tails."""
-        if self.order not in ("driver", "driver-upwards"):
+        """The segment at `start` was freed: a hole in its range, or the range's end if it was the last."""
+        owner = self._ranges.pop(start, None)
+        if owner is None:
             return
-        start, size_bytes = _joined(self._tails, start, size_bytes)
-        end = start + size_bytes
-        first = -(-start // _CHUNK_BYTES) * _CHUNK_BYTES
-        last = end // _CHUNK_BYTES * _CHUNK_BYTES
-        if first >= last:
-            self._tails[start] = size_bytes
+        start, size_bytes = _joined(owner.holes, start, size_bytes)
+        if size_bytes < owner.size_bytes:
+            owner.holes[start] = size_bytes
+            self._with_holes.setdefault(owner)
             return
-        if start < first:
-            self._tails[start] = first - start
-        if last < end:
-            self._tails[last] = end - last
-        start, size_bytes = _joined(self._ranges, first, last - first)
-        self._ranges[start] = size_bytes
+        self._with_holes.pop(owner, None)
+        start, size_bytes = _joined(self._free, start, size_bytes)
+        self._free[start] = size_bytes
 
     def _take_range(self, size_bytes: int) -> int:
-        """From the end that the rule starts at: a range given back, or else a new one."""
-        fitting = [start for start, size in self._ranges.items() if size >= size_bytes]
+        """From the end that the rule starts at: addresses given back, or else new ones."""
+        fitting = [start for start, size in self._free.items() if size >= size_bytes]
         if not fitting:
             return self._extend(size_bytes)
         upwards = self.order == "driver-upwards"
         start = min(fitting) if upwards else max(fitting)
-        size = self._ranges.pop(start)
-        if upwards:
-            if size > size_bytes:
-                self._ranges[start + size_bytes] = size - size_bytes
-            return start
-        if size > size_bytes:
-            self._ranges[start] = size - size_bytes
-        return start + size - size_bytes
+        rest = self._free.pop(start) - size_bytes
+        if rest:
+            self._free[start + size_bytes if upwards else start] = rest
+        return start if upwards else start + rest
 
     def _extend(self, size_bytes: int) -> int:
         if self.order in ("rising", "driver-upwards"):
