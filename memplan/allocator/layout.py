@@ -46,13 +46,12 @@ class _Range:
     holes: dict[int, int]
     """Start → size."""
 
-    def take(self, size_bytes: int) -> int | None:
-        """The lowest hole that holds `size_bytes`."""
-        start = min((hole for hole, size in self.holes.items() if size >= size_bytes), default=None)
-        if start is not None:
-            rest = self.holes.pop(start) - size_bytes
-            if rest:
-                self.holes[start + size_bytes] = rest
+    def take(self, size_bytes: int) -> int:
+        """The lowest hole that holds `size_bytes`; there must be one."""
+        start = min(hole for hole, size in self.holes.items() if size >= size_bytes)
+        rest = self.holes.pop(start) - size_bytes
+        if rest:
+            self.holes[start + size_bytes] = rest
         return start
 
 
@@ -64,8 +63,8 @@ class AddressSpace:
     _low: int = _TOP
     _high: int = _TOP
     _slots_used: int = 0
-    _with_holes: dict[_Range, None] = field(default_factory=dict)
-    """Oldest first."""
+    _with_holes: dict[_Range, int] = field(default_factory=dict)
+    """Range → its largest hole, the oldest range first."""
     _ranges: dict[int, _Range] = field(default_factory=dict)
     """Start of a segment → its range."""
     _free: dict[int, int] = field(default_factory=dict)
@@ -77,18 +76,15 @@ class AddressSpace:
             return self._take_slot()
         if self.order in ("falling", "rising"):
             return self._extend(size_bytes + GIB)
-        for owner in reversed(self._with_holes):
-            start = owner.take(size_bytes)
-            if start is not None:
+        for owner, largest in reversed(self._with_holes.items()):
+            if largest >= size_bytes:
                 break
         else:
             range_bytes = -(-size_bytes // _CHUNK_BYTES) * _CHUNK_BYTES
             start = self._take_range(range_bytes)
             owner = _Range(start, range_bytes, {start: range_bytes})
-            owner.take(size_bytes)
-            self._with_holes[owner] = None
-        if not owner.holes:
-            del self._with_holes[owner]
+        start = owner.take(size_bytes)
+        self._note_holes(owner)
         self._ranges[start] = owner
         return start
 
@@ -100,11 +96,17 @@ class AddressSpace:
         start, size_bytes = _joined(owner.holes, start, size_bytes)
         if size_bytes < owner.size_bytes:
             owner.holes[start] = size_bytes
-            self._with_holes.setdefault(owner)
+            self._note_holes(owner)
             return
         self._with_holes.pop(owner, None)
         start, size_bytes = _joined(self._free, start, size_bytes)
         self._free[start] = size_bytes
+
+    def _note_holes(self, owner: _Range) -> None:
+        if owner.holes:
+            self._with_holes[owner] = max(owner.holes.values())
+        else:
+            self._with_holes.pop(owner, None)
 
     def _take_range(self, size_bytes: int) -> int:
         """From the end that the rule starts at: addresses given back, or else new ones."""
