@@ -8,14 +8,18 @@ from collections.abc import Iterable
 
 SHOWN_CHARACTERS = 100
 
-# CSI sequences (colours, cursor), OSC sequences (titles, links) and two-character escapes, 7-bit and 8-bit.
-_ESCAPE = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b\]|\x9d).*?(?:\x07|\x1b\\|\x9c|$)|\x1b.?", re.DOTALL)
-# Controls, formats (bidirectional overrides, zero width), surrogates, unassigned, line and paragraph separators.
+_ESCAPE = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, the cursor
+    r"|(?:\x1b\]|\x9d).*?(?:\x07|\x1b\\|\x9c|$)"  # OSC: titles, links
+    r"|\x1b.?",
+    re.DOTALL,
+)
+# Controls, formats (bidirectional overrides, zero width), surrogates, unassigned and private, separators.
 _UNPRINTABLE = {"Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"}
 
 
 def printable(text: str, limit: int = SHOWN_CHARACTERS) -> str:
-    """`text` as a message may quote it: no escape sequence, control or backtick, at most `limit` characters."""
+    """`text` as a message may quote it: no escape sequence, control or backtick, no more than `limit`."""
     kept = _ESCAPE.sub("", text[: 8 * limit])
     kept = "".join(c for c in kept if unicodedata.category(c) not in _UNPRINTABLE).replace("`", "'")
     if not kept.strip():

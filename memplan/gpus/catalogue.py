@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,12 +15,13 @@ from typing import Any
 from memplan.errors import MemplanError
 from memplan.names import listed, nearest, printable
 from memplan.request.types import CardSpec
-from memplan.units import MIB, format_bytes
+from memplan.units import MIB
 
 _FILE = Path(__file__).with_name("gpus.json")
 
-_MAKERS = re.compile(r"\b(?:nvidia|geforce|tesla|amd|intel|radeon|instinct|graphics|corporation)\b|\(r\)|\(tm\)")
+_MAKERS = re.compile(r"\b(?:nvidia|geforce|tesla|amd|intel|radeon|instinct|corporation)\b|\((?:r|tm)\)")
 _SERIES = re.compile(r"^(?:rtx|gtx)(?=[a\d])")
+_SEEN = ("lowest torch total seen", "torch total measured")
 _SIZE = re.compile(r"\d+gb")
 
 
@@ -77,8 +77,8 @@ def card(name: str) -> CardSpec:
         raise MemplanError(
             "gpu-total-unknown",
             f"how much memory torch sees of `{gpu.id}` is not known",
-            context=f"It is sold with {gpu.nominal_gb} GB, of which the driver keeps a part",
-            hint=f"Give the size instead of the name, e.g. `--gpus {gpu.nominal_gb}GB`",
+            context=f"It is less than the {gpu.nominal_gb} GB that the card is sold with",
+            hint="Give the size that torch reports on it instead of the name, e.g. `--gpus 23.64GiB`",
         )
     return CardSpec(
         name=gpu.name,
@@ -133,7 +133,7 @@ def _gpu(gpu_id: str, line: dict[str, Any]) -> Gpu:
         nominal_gb=line["nominal_gb"],
         smi_bytes=line["nvidia_smi_mib"] and line["nvidia_smi_mib"] * MIB,
         torch_bytes=total,
-        torch_bytes_seen=line["plan_total_basis"].startswith(("lowest torch total seen", "torch total measured")),
+        torch_bytes_seen=line["plan_total_basis"].startswith(_SEEN),
         compute_capability=(major, minor) if capability else None,
         multiprocessor_count=line["multiprocessor_count"],
         sources=tuple(line["sources"]),
@@ -166,11 +166,3 @@ def _key(name: str) -> str:
     words = _MAKERS.sub(" ", name[:200].casefold())
     glued = re.sub(r"[^a-z0-9]", "", words)
     return re.sub(r"(\d)gi?b?$", r"\1gb", glued)
-
-
-def describe(gpu: Gpu) -> Iterator[str]:
-    """The lines that say what is known of a card, and how."""
-    seen = "seen" if gpu.torch_bytes_seen else "estimated"
-    if gpu.torch_bytes is not None:
-        yield f"torch sees {format_bytes(gpu.torch_bytes)} ({seen})"
-    yield from gpu.sources

@@ -17,8 +17,17 @@ MOST_BYTES = 4096 * GIB
 
 _MOST_CHARACTERS = 4096
 _COUNTED = re.compile(r"(\d{1,9})\s*[x×*✕]\s*(?=\S)(.*)", re.IGNORECASE | re.DOTALL)
-_SIGNED_OR_BARE_SIZE = re.compile(r"[-+]?\d+(?:\.\d+)?\s*[kmgt]?(?:i?b)?|[-+]\s*\d.*", re.IGNORECASE)
-_HOW = "Write a size or a name, with a count before it and commas between: `3x23.64GiB`, `2xRTX4090`, `2xA100-80GB,1xL4`"
+_NO_NAME = re.compile(
+    r"[-+]?[\d.]+\s*[kmgt]?i?b?"  # a size without its unit
+    r"|[-+]\s*\d.*"
+    r"|\d*\s*[x×*✕]|[x×*✕]\s*\d.*"  # a count without its card, a card without its count
+    r"|.*[^\w\s()./+-].*|[^a-z]*",
+    re.IGNORECASE | re.DOTALL,
+)
+_HOW = (
+    "Write a size or a name, with a count before it and commas between:"
+    " `3x23.64GiB`, `2xRTX4090`, `2xA100-80GB,1xL4`"
+)
 
 
 def parse_cards(text: str) -> tuple[CardSpec, ...]:
@@ -58,18 +67,22 @@ def _sized(what: str, size_bytes: int, text: str) -> CardSpec:
     if not LEAST_BYTES <= size_bytes <= MOST_BYTES:
         limit = f"less than {format_bytes(LEAST_BYTES)}" if size_bytes < LEAST_BYTES else "more than 4 TiB"
         raise _bad(text, f"A card of `{printable(what)}` has {limit}, which no GPU has")
-    is_decimal = "i" not in what.lower()
-    return CardSpec(name=f"{what} (decimal, {format_bytes(size_bytes)})" if is_decimal else what, total_bytes=size_bytes)
+    shown = " ".join(what.split())
+    if re.search(r"[kmgt]b$", shown, re.IGNORECASE):
+        shown += f" (decimal, {format_bytes(size_bytes)})"
+    return CardSpec(name=shown, total_bytes=size_bytes)
 
 
 def _named(what: str, text: str) -> CardSpec:
     try:
         return card(what)
     except MemplanError:
-        if _SIGNED_OR_BARE_SIZE.fullmatch(what):
-            raise _bad(text, f"`{printable(what)}` is neither a size with its unit nor a GPU's name") from None
+        if _NO_NAME.fullmatch(what):
+            context = f"`{printable(what)}` is neither a size with its unit nor a GPU's name"
+            raise _bad(text, context) from None
         raise
 
 
 def _bad(text: str, context: str) -> MemplanError:
-    return MemplanError("bad-gpus", f"`--gpus {printable(text.strip(), limit=60)}` cannot be read", context, hint=_HOW)
+    shown = printable(text.strip(), limit=60)
+    return MemplanError("bad-gpus", f"`--gpus {shown}` cannot be read", context, _HOW)

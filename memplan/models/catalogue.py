@@ -63,7 +63,10 @@ def find(name: str) -> Entry | None:
     the catalogue's order; `Entry.others` has the rest.
     """
     key = name.strip().casefold()
-    places = _full_names().get(key) if "/" in key else _short_names().get(_key(key))
+    if "/" in key:
+        places = _full_names().get(key)
+    else:  # `4_5` is a version in `minicpm-v-4_5`, `2_70b` two parts in `llama_2_70b`
+        places = _short_names().get(_key(key)) or _short_names().get(_key(key.replace("_", "-")))
     if not places:
         return None
     best = places[0]
@@ -125,7 +128,7 @@ def _lines() -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True, order=True)
 class _Place:
-    """Where a name leads. Ordered: what drops the least of a full name first, then ids, then the file's order."""
+    """Where a name leads; ordered by how little it drops, then ids before aliases, then the file's order."""
 
     dropped: int
     is_alias: bool
@@ -172,7 +175,7 @@ def _shortened(name: str) -> Iterator[str]:
 
 
 def _key(name: str) -> str:
-    """One key for the spellings of a name: `Llama2-13B` and `llama-2_13b`; `1_5` is `1.5`, but `1.3b` is not `13b`."""
+    """One key for the spellings of a name: `Llama2-13B` and `llama-2_13b`, `phi-1_5` and `phi-1.5`."""
     name = re.sub(r"(?<=\d)_(?=\d)", ".", name.casefold())
     name = re.sub(r"[\s_-]+", "-", name)
     return re.sub(r"(?<=[a-z])-(?=\d)", "", name)

@@ -78,7 +78,9 @@ def is_adapter(adapter_config: Mapping[str, Any], typed: str) -> MemplanError:
     return MemplanError(
         "model-is-adapter",
         f"`{printable(typed)}` is a PEFT adapter, not a model",
-        context=f"Its base model is `{named}`" if named else "Its `adapter_config.json` does not name its base model",
+        context=f"Its base model is `{named}`"
+        if named
+        else "`adapter_config.json` does not name its base model",
         hint=f"Plan its base model with an adapter on it: `{named or 'MODEL'} --use_peft`",
     )
 
@@ -94,7 +96,7 @@ def check(config: Mapping[str, Any], where: str) -> None:
             "config-no-model-type",
             f"`{where}` has no `model_type`",
             context=_fields_found(config),
-            hint='Add the `model_type` that transformers knows the architecture by, e.g. `"model_type": "llama"`',
+            hint='Add the one that transformers knows the architecture by, e.g. `"model_type": "llama"`',
         )
     problems = [problem for prefix, part in _parts(config) for problem in _problems(prefix, part)]
     if problems:
@@ -108,7 +110,7 @@ def check(config: Mapping[str, Any], where: str) -> None:
 
 
 def checkpoint_dtype(config: Mapping[str, Any]) -> str | None:
-    """`bfloat16`, `float16` or `float32` where the config states one of them, itself or for its text model."""
+    """`bfloat16`, `float16` or `float32` where the config states it, for the whole or for its text model."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):
         stated = part.get("dtype") or part.get("torch_dtype")
@@ -158,16 +160,19 @@ def _fields_found(config: Mapping[str, Any]) -> str:
     if not config:
         return "It has no fields at all"
     names = [printable(str(name), limit=40) for name in list(config)[:5]]
-    return f"Its fields are {listed(names, 'and')}" if len(config) <= 5 else f"Its first fields are {listed(names, 'and')}"
+    return f"Its {'first ' if len(config) > 5 else ''}fields are {listed(names, 'and')}"
 
 
-def _parts(config: Mapping[str, Any], prefix: str = "", depth: int = 2) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The config and those of its parts (`text_config`, `vision_config`, …), with the prefix of their fields."""
+_Part = tuple[str, Mapping[str, Any]]
+
+
+def _parts(config: Mapping[str, Any], prefix: str = "", depth: int = 2) -> Iterator[_Part]:
+    """The config and those within it (`text_config`, `vision_config`, …), with the prefix of their fields."""
     yield prefix, config
     for name, value in config.items() if depth else ():
-        if isinstance(value, Mapping) and isinstance(name, str) and name.endswith("_config"):
-            if name != "quantization_config":
-                yield from _parts(value, f"{prefix}{printable(name, limit=40)}.", depth - 1)
+        is_part = isinstance(name, str) and name.endswith("_config") and name != "quantization_config"
+        if is_part and isinstance(value, Mapping):
+            yield from _parts(value, f"{prefix}{printable(name, limit=40)}.", depth - 1)
 
 
 def _problems(prefix: str, part: Mapping[str, Any]) -> Iterator[str]:
@@ -182,7 +187,7 @@ def _problems(prefix: str, part: Mapping[str, Any]) -> Iterator[str]:
 
     hidden, heads, kv_heads = size(_HIDDEN), size(_HEADS), size(_KV_HEADS)
     if hidden and heads and hidden[1] % heads[1] and not _states_head_width(part):
-        yield f"`{hidden[0]}` {hidden[1]} does not divide by `{heads[0]}` {heads[1]}, and no `head_dim` is given"
+        yield f"`{hidden[0]}` {hidden[1]} does not divide by `{heads[0]}` {heads[1]}, without `head_dim`"
     if heads and kv_heads and heads[1] % kv_heads[1]:
         yield f"`{heads[0]}` {heads[1]} does not divide by `{kv_heads[0]}` {kv_heads[1]}"
 
@@ -195,7 +200,7 @@ def _states_head_width(part: Mapping[str, Any]) -> bool:
 
 
 def _why_no_size(name: str, value: object) -> str | None:
-    """Why the value can be no size; absent ones and lists (one a layer, in some architectures) are not judged."""
+    """Why the value can be no size; absent ones and lists (one number a layer) are not judged."""
     if value is None or isinstance(value, list | tuple):
         return None
     if isinstance(value, bool) or not isinstance(value, int):

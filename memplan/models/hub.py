@@ -92,7 +92,9 @@ def _fetch(ask: _Ask, filename: str) -> tuple[Path, str, str | None]:
         url = hf_hub_url(ask.id, filename, revision=ask.revision)
         metadata = get_hf_file_metadata(url, token=ask.token, timeout=_TIMEOUT_S)
         if metadata.commit_hash is None:
-            raise _failed(ask, "The answer names no commit, so it is not from a hub; check `HF_ENDPOINT` and the proxy")
+            raise _failed(
+                ask, "The answer is not a hub's: it names no commit; check `HF_ENDPOINT` and the proxy"
+            )
         if metadata.size is not None and metadata.size > config.MAX_BYTES:
             raise config.too_large(f"{filename} of {_host()}/{ask.shown}")
         cached = _cached(ask, filename, metadata.commit_hash)
@@ -133,7 +135,7 @@ def _bounded(file: Path, where: str) -> bytes:
 
 
 def _header_dtype(ask: _Ask, commit: str) -> str | None:
-    """The checkpoint's dtype by the header of its first safetensors file; None where there is none to read."""
+    """The checkpoint's dtype by the header of its first safetensors file; None where none can be read."""
     import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError, NotASafetensorsRepoError, SafetensorsParsingError
@@ -146,7 +148,8 @@ def _header_dtype(ask: _Ask, commit: str) -> str | None:
         try:
             return dtype_of("model.safetensors")
         except EntryNotFoundError:
-            shards = headers.index_shards(_download(replace(ask, revision=commit), "model.safetensors.index.json"))
+            index = _download(replace(ask, revision=commit), "model.safetensors.index.json")
+            shards = headers.index_shards(index)
             return dtype_of(shards[0]) if shards else None
     except (EntryNotFoundError, NotASafetensorsRepoError, SafetensorsParsingError, OSError, httpx.HTTPError):
         return None
@@ -160,7 +163,7 @@ def _refused(ask: _Ask, error: Exception) -> MemplanError:
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     if isinstance(error, errors.OfflineModeIsEnabled):
         return _offline(ask, "offline mode is on (`HF_HUB_OFFLINE`)")
-    if isinstance(error, errors.GatedRepoError) or (status == 403 and not isinstance(error, errors.DisabledRepoError)):
+    if isinstance(error, errors.GatedRepoError) or status == 403:
         return _gated(ask)
     if isinstance(error, errors.RevisionNotFoundError):
         return MemplanError(
@@ -182,7 +185,7 @@ def _refused(ask: _Ask, error: Exception) -> MemplanError:
 
 
 def unknown(name: str) -> MemplanError:
-    """The error for a name that is neither a path, nor in the catalogue, nor on the hub; near names offered."""
+    """The error for a name that is no path, not in the catalogue and not on the hub; near names offered."""
     near = catalogue.near(name)
     meant = f"Did you mean {listed(near)}? " if near else ""
     return MemplanError(
@@ -249,7 +252,7 @@ def _offline(ask: _Ask, why: str) -> MemplanError:
     return MemplanError(
         "hub-offline",
         f"`{ask.shown}` cannot be looked up: {why}",
-        context=f"It is not in the catalogue, and its `config.json` is not in the cache{_cache_content(ask.id)}",
+        context=f"It is not in the catalogue, nor in the hub's cache{_cache_content(ask.id)}",
         hint=f"{meant}{_ELSEWHERE}",
     )
 

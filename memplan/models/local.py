@@ -97,7 +97,8 @@ def _facts(file: Path, typed: str, directory: Path) -> ModelFacts:
 def _bounded(file: Path, where: str) -> bytes:
     # A pipe or a device never ends, or never starts.
     if not stat.S_ISREG(file.stat().st_mode):
-        raise MemplanError("config-missing", f"`{where}` is no regular file", hint="Pass a `config.json` or a directory")
+        hint = "Pass the model's directory or `config.json`, or its id on the hub"
+        raise MemplanError("config-missing", f"`{where}` is no regular file", hint=hint)
     with file.open("rb") as stream:
         raw = stream.read(configs.MAX_BYTES + 1)
     if len(raw) > configs.MAX_BYTES:
@@ -126,12 +127,13 @@ def _what_is_there(directory: Path, typed: str) -> tuple[str, str]:
     for suffix, context in (
         (".gguf", "It holds GGUF files, which have no `config.json` beside them"),
         ("model_index.json", "It holds a diffusers pipeline, whose parts have their own configs"),
-        ("params.json", "It holds a checkpoint in the layout of its authors (`params.json`), not in Hugging Face's"),
+        ("params.json", "It holds a checkpoint in its authors' own layout (`params.json`)"),
     ):
         if any(name.endswith(suffix) for name in names):
-            return context, "Pass the directory of the same model in Hugging Face's layout, or its id on the hub"
-    if any(name.startswith("tokenizer") for name in names) and not any(Path(n).suffix in _WEIGHTS for n in names):
+            return context, "Pass the same model in Hugging Face's layout, or its id on the hub"
+    has_weights = any(Path(name).suffix in _WEIGHTS for name in names)
+    if not has_weights and any(name.startswith("tokenizer") for name in names):
         return "It holds a tokenizer only", pass_model
-    shown = listed([printable(name, limit=40) for name in names[:_SHOWN_FILES]], "and")
+    files = listed([printable(name, limit=40) for name in names[:_SHOWN_FILES]], "and")
     first = "" if len(names) <= _SHOWN_FILES else f"{len(names)} files, the first "
-    return f"It holds {first}{shown}", pass_model
+    return f"It holds {first}{files}", pass_model

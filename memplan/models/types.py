@@ -30,7 +30,7 @@ class ModelFacts:
     """The repository of the config, where there is one, and the commit in `revision` that was read."""
     revision: str | None = None
     needs_remote_code: bool = False
-    """Whether the config names code of its own (`auto_map`); the builder knows whether transformers has its own."""
+    """Whether the config names code of its own (`auto_map`), or the catalogue knows that it needs some."""
     quantized_with: str | None = None
     """The method of a checkpoint that is stored quantized (`gptq`, `awq`, `fp8`, …)."""
     notes: tuple[str, ...] = ()
