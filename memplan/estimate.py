@@ -109,3 +109,9 @@ class Plan:
     versions: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     cached: bool = False
+
+    def _repr_html_(self) -> str:
+        """The report in a notebook. The one import against the flow of data, made only then."""
+        from memplan.report.notebook import plan_to_html
+
+        return plan_to_html(self)
