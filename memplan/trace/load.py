@@ -106,7 +106,7 @@ def _load_weights(
     quantizer = _quantizer(request)
     device_map: dict[str, Any] = {"": torch.device("meta")}
     if quantizer is not None:
-        with recorder.paused():
+        with recorder.paused(), _default_dtype(dtype):
             quantizer.preprocess_model(
                 model=model, dtype=dtype, device_map=device_map, checkpoint_files=None, use_kernels=False
             )
@@ -119,7 +119,7 @@ def _load_weights(
         weight_mapping=get_model_conversion_mapping(model, None, quantizer),
     )
     checkpoint = {name: _Stored(*what) for name, what in stored.items() if name not in tied}
-    with _sequential_loading():
+    with _sequential_loading(), _no_progress():
         convert_and_load_state_dict_in_model(model=model, state_dict=checkpoint, load_config=config)
     model.tie_weights()
     if quantizer is not None:
@@ -178,6 +178,30 @@ def _warm_up(model: Any, recorder: Recorder, quantizer: Any, target: CudaTarget)
     recorder.release(
         recorder.allocate(size_bytes, "caching_allocator_warmup", Category.TEMPORARIES), size_bytes
     )
+
+
+@contextlib.contextmanager
+def _no_progress() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    # from_pretrained replaces layers in the context that it builds the model in
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LARGEST_SHADOW = 1 << 20
 """Elements. A batch of token ids has fewer; a mask of every query by every key is left without."""
 
-_SCALAR = torch.ops.aten._local_scalar_dense.default
+_SCALAR = "aten::_local_scalar_dense"
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 _EMPTY = frozenset({"aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty"})
 # What a question about floats is answered with, by the operator that made the answer: activations hold no
@@ -55,7 +55,7 @@ class Shadows:
 
     def run(self, recorder: Recorder, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run an operator on meta and, where all its inputs have shadows, on those too."""
-        if func is _SCALAR and args[0].device.type == "meta":
+        if name == _SCALAR and args[0].device.type == "meta":
             return self._scalar(recorder, args[0])
         if func in _COPIES:
             copied = self._copy_between_devices(recorder, func, args, kwargs)

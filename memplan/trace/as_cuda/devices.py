@@ -6,12 +6,12 @@ Checked with torch 2.11 and 2.13, transformers 5.17, accelerate 1.15.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.optim.optimizer
 import torch.utils._foreach_utils as foreach_utils
 
 from memplan.trace.as_cuda.patching import Patches, patches
@@ -41,7 +41,8 @@ def _foreach(patch: Patches) -> None:
     def fused_devices() -> list[str]:
         return ["cuda", "meta", "cpu"]
 
-    for module in (foreach_utils, torch.optim.optimizer):
+    # torch.optim hides its module `optimizer` behind an attribute that it deletes
+    for module in (foreach_utils, importlib.import_module("torch.optim.optimizer")):
         patch.set(module, "_get_foreach_kernels_supported_devices", foreach_devices)
         patch.set(module, "_get_fused_kernels_supported_devices", fused_devices)
 

@@ -1,12 +1,11 @@
 """DistributedDataParallel: torch's own wrapper and reducer, with an all-reduce that returns its bucket."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from memplan.request.types import Request
@@ -35,7 +34,7 @@ def wrapper(request: Request, recorder: Recorder) -> Iterator[Any]:
         yield wrap
 
 
-def _keep_bucket(state: Any, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+def _keep_bucket(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())
     return done
