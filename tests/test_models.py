@@ -25,7 +25,11 @@ LLAMA: dict[str, Any] = {
 }  # fmt: skip
 HINT_PASS = "Pass the model's directory or `config.json`, or its id on the hub"
 HINT_AGAIN = "Correct the file, or take `config.json` from the model's repository again"
-ENTRIES = [(model_id, name) for model_id in catalogue.ids() for name in (model_id, *catalogue._lines()[model_id]["aliases"])]
+ENTRIES = [
+    (model_id, name)
+    for model_id in catalogue.ids()
+    for name in (model_id, *catalogue._lines()[model_id]["aliases"])
+]
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +117,9 @@ def test_short_names(typed: str, meant: str) -> None:
         assert f"`{typed}` is {meant}" in facts.source
 
 
-@pytest.mark.parametrize("name", ["llama-27b", "pythia-14b", "t5", "whisper-large", "llama", "someone/Llama-2-13b-hf"])
+@pytest.mark.parametrize(
+    "name", ["llama-27b", "pythia-14b", "t5", "whisper-large", "llama", "someone/Llama-2-13b-hf"]
+)
 def test_a_short_name_is_never_stretched_to_another_model(name: str) -> None:
     assert catalogue.find(name) is None
 
@@ -132,7 +138,11 @@ def test_facts_say_what_was_chosen_and_what_is_not_verified() -> None:
     assert resolve("deepseek-v3").quantized_with == "fp8"
     assert resolve("THUDM/chatglm3-6b").needs_remote_code
     thirteen = resolve("llama-2-13b")
-    assert (thirteen.known_params, thirteen.verified, thirteen.checkpoint_dtype) == (13_015_864_320, True, "float16")
+    assert (thirteen.known_params, thirteen.verified, thirteen.checkpoint_dtype) == (
+        13_015_864_320,
+        True,
+        "float16",
+    )
 
 
 def test_facts_are_the_callers_own() -> None:
@@ -141,7 +151,7 @@ def test_facts_are_the_callers_own() -> None:
 
 
 def test_near_names() -> None:
-    assert catalogue.near("lama-2-13") [0] == "meta-llama/Llama-2-13b-hf"
+    assert catalogue.near("lama-2-13")[0] == "meta-llama/Llama-2-13b-hf"
     assert catalogue.near("meta-llama/Lama-2-13b-hf", 1) == ("meta-llama/Llama-2-13b-hf",)
     assert catalogue.near("zzzzzz") == ()
 
@@ -203,7 +213,9 @@ def test_a_broken_header_tells_nothing(tmp_path: Path, raw: bytes) -> None:
 
 
 def test_quantized_and_own_code_are_noted() -> None:
-    facts = resolve({**LLAMA, "quantization_config": {"quant_method": "GPTQ"}, "auto_map": {"AutoConfig": "x.Y"}})
+    facts = resolve(
+        {**LLAMA, "quantization_config": {"quant_method": "GPTQ"}, "auto_map": {"AutoConfig": "x.Y"}}
+    )
     assert (facts.quantized_with, facts.needs_remote_code) == ("gptq", True)
     assert facts.notes == (
         "the checkpoint is stored quantized (`gptq`)", "the config names code of its own (`auto_map`)",
@@ -219,25 +231,54 @@ def test_errors_of_a_config_file(tmp_path: Path) -> None:
 
     unreadable = f"`{file}` is not a readable config"
     assert given('{"a": 1,\n "b" 2}') == (
-        "config-broken", unreadable, "Expecting ':' delimiter at line 2, column 6", HINT_AGAIN)
+        "config-broken",
+        unreadable,
+        "Expecting ':' delimiter at line 2, column 6",
+        HINT_AGAIN,
+    )
     assert given("") == ("config-broken", unreadable, "Expecting value at line 1, column 1", HINT_AGAIN)
     assert given("[1]") == (
-        "config-broken", unreadable, "It holds a list where a config is an object of fields", HINT_AGAIN)
+        "config-broken",
+        unreadable,
+        "It holds a list where a config is an object of fields",
+        HINT_AGAIN,
+    )
     assert given("null") == (
-        "config-broken", unreadable, "It holds null where a config is an object of fields", HINT_AGAIN)
+        "config-broken",
+        unreadable,
+        "It holds null where a config is an object of fields",
+        HINT_AGAIN,
+    )
     assert given(b'{"a": "\xff"}') == (
-        "config-broken", unreadable, "It is not UTF-8 text: byte 7 is 0xff", HINT_AGAIN)
+        "config-broken",
+        unreadable,
+        "It is not UTF-8 text: byte 7 is 0xff",
+        HINT_AGAIN,
+    )
     assert given('{"a": ' + "9" * 5000 + "}") == (
-        "config-broken", unreadable, "It holds a number too long to read", HINT_AGAIN)
+        "config-broken",
+        unreadable,
+        "It holds a number too long to read",
+        HINT_AGAIN,
+    )
     assert given(b" " * (4 << 20) + b"{}") == (
-        "config-too-large", f"`{file}` is larger than 4 MiB, too large for a model's config", None,
-        "Check that it is the `config.json` of a model")
+        "config-too-large",
+        f"`{file}` is larger than 4 MiB, too large for a model's config",
+        None,
+        "Check that it is the `config.json` of a model",
+    )
     assert given('{"a":' * 200_000) == (
-        "config-too-large", f"`{file}` is nested too deeply to be a model's config", None,
-        "Check that it is the `config.json` of a model")
+        "config-too-large",
+        f"`{file}` is nested too deeply to be a model's config",
+        None,
+        "Check that it is the `config.json` of a model",
+    )
     assert given('{"bos_token": "<s>", "eos_token": "</s>"}') == (
-        "config-no-model-type", f"`{file}` has no `model_type`", "Its fields are `bos_token` and `eos_token`",
-        'Add the one that transformers knows the architecture by, e.g. `"model_type": "llama"`')
+        "config-no-model-type",
+        f"`{file}` has no `model_type`",
+        "Its fields are `bos_token` and `eos_token`",
+        'Add the one that transformers knows the architecture by, e.g. `"model_type": "llama"`',
+    )
     assert given('{"model_type": "llama", "hidden_size": 100, "num_attention_heads": 3}') == (
         "config-inconsistent", f"`{file}` describes no model that can be built: 1 problem",
         "`hidden_size` 100 does not divide by `num_attention_heads` 3, without `head_dim`",
@@ -279,42 +320,72 @@ def test_what_some_architectures_declare_is_no_problem(fields: dict[str, Any]) -
 def test_errors_of_what_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert error_of("empty") == (
-        "config-missing", "`empty` has no `config.json`", "The directory is empty", HINT_PASS)
+        "config-missing",
+        "`empty` has no `config.json`",
+        "The directory is empty",
+        HINT_PASS,
+    )
     written(tmp_path / "run" / "checkpoint-500")
     assert error_of("run/") == (
-        "config-missing", "`run/` has no `config.json`", "Directories in it have one", "Pass `run/checkpoint-500`")
+        "config-missing",
+        "`run/` has no `config.json`",
+        "Directories in it have one",
+        "Pass `run/checkpoint-500`",
+    )
     written(tmp_path / "tok", {}, "tokenizer_config.json")
     assert error_of("tok") == (
-        "config-missing", "`tok` has no `config.json`", "It holds a tokenizer only", HINT_PASS)
+        "config-missing",
+        "`tok` has no `config.json`",
+        "It holds a tokenizer only",
+        HINT_PASS,
+    )
     written(tmp_path / "gg", "", "m.Q4_K_M.gguf")
     assert error_of("gg") == (
-        "config-missing", "`gg` has no `config.json`", "It holds GGUF files, which have no `config.json` beside them",
-        "Pass the same model in Hugging Face's layout, or its id on the hub")
+        "config-missing",
+        "`gg` has no `config.json`",
+        "It holds GGUF files, which have no `config.json` beside them",
+        "Pass the same model in Hugging Face's layout, or its id on the hub",
+    )
     written(tmp_path / "other", "", "a\x1b[31m.txt")
-    assert error_of("other") == ("config-missing", "`other` has no `config.json`", "It holds `a.txt`", HINT_PASS)
+    assert error_of("other") == (
+        "config-missing",
+        "`other` has no `config.json`",
+        "It holds `a.txt`",
+        HINT_PASS,
+    )
     assert error_of("gg/m.Q4_K_M.gguf") == (
-        "model-is-weights", "`gg/m.Q4_K_M.gguf` is a GGUF file, not a model's config",
+        "model-is-weights",
+        "`gg/m.Q4_K_M.gguf` is a GGUF file, not a model's config",
         "The architecture is read from a `config.json`; weights are never read",
-        "Pass the model's directory or `config.json`, or its id on the hub")
+        "Pass the model's directory or `config.json`, or its id on the hub",
+    )
     written(tmp_path / "run" / "checkpoint-500", "", "model.safetensors")
     assert error_of("run/checkpoint-500/model.safetensors") == (
-        "model-is-weights", "`run/checkpoint-500/model.safetensors` is a safetensors file, not a model's config",
+        "model-is-weights",
+        "`run/checkpoint-500/model.safetensors` is a safetensors file, not a model's config",
         "The architecture is read from a `config.json`; weights are never read",
-        "Pass its directory, which has one: `run/checkpoint-500`")
+        "Pass its directory, which has one: `run/checkpoint-500`",
+    )
     written(tmp_path / "lora", {"base_model_name_or_path": "meta-llama/Llama-2-7b-hf"}, "adapter_config.json")
     for typed in ("lora", "lora/adapter_config.json"):
         assert error_of(typed) == (
-            "model-is-adapter", f"`{typed}` is a PEFT adapter, not a model",
+            "model-is-adapter",
+            f"`{typed}` is a PEFT adapter, not a model",
             "Its base model is `meta-llama/Llama-2-7b-hf`",
-            "Plan its base model with an adapter on it: `meta-llama/Llama-2-7b-hf --use_peft`")
+            "Plan its base model with an adapter on it: `meta-llama/Llama-2-7b-hf --use_peft`",
+        )
     written(tmp_path / "lora", "nonsense", "adapter_config.json")
     assert error_of("lora")[2:] == (
         "`adapter_config.json` does not name its base model",
-        "Plan its base model with an adapter on it: `MODEL --use_peft`")
+        "Plan its base model with an adapter on it: `MODEL --use_peft`",
+    )
     (tmp_path / "gpt2").mkdir()
     assert error_of("gpt2") == (
-        "config-missing", "`gpt2` has no `config.json`", "The directory is empty",
-        "To mean the catalogue's model, write `openai-community/gpt2`")
+        "config-missing",
+        "`gpt2` has no `config.json`",
+        "The directory is empty",
+        "To mean the catalogue's model, write `openai-community/gpt2`",
+    )
     os.mkfifo(tmp_path / "pipe")
     assert error_of("pipe") == ("config-missing", "`pipe` is no regular file", None, HINT_PASS)
     assert error_of("./nowhere/config.json") == (
@@ -323,31 +394,47 @@ def test_errors_of_what_is_no_model(tmp_path: Path) -> None:
 
 def test_errors_of_names() -> None:
     assert error_of("  ") == (
-        "unknown-model", "the model's name is empty", None,
+        "unknown-model",
+        "the model's name is empty",
+        None,
         "Pass a hub id (`meta-llama/Llama-2-13b-hf`), a name in the catalogue (`llama-2-13b`), "
-        "a directory or a `config.json`")
+        "a directory or a `config.json`",
+    )
     assert error_of("a/b/c") == (
-        "unknown-model", "no model is called `a/b/c`",
+        "unknown-model",
+        "no model is called `a/b/c`",
         "It is neither a path, nor a name in the catalogue, nor a model on huggingface.co",
-        "A directory or a `config.json` works without the hub")
+        "A directory or a `config.json` works without the hub",
+    )
     assert error_of("lama-2-13b!") == (
-        "unknown-model", "no model is called `lama-2-13b!`",
+        "unknown-model",
+        "no model is called `lama-2-13b!`",
         "It is neither a path, nor a name in the catalogue, nor a model on huggingface.co",
         "Did you mean `meta-llama/Llama-2-13b-hf`, `huggyllama/llama-13b` or `meta-llama/Llama-3.2-3B`? "
-        "A directory or a `config.json` works without the hub")
+        "A directory or a `config.json` works without the hub",
+    )
     assert error_of("llama-2-13b", revision="../../x") == (
         "revision-not-found", "`../../x` is no revision", None,
         "Pass a branch, a tag or a commit of the model's repository")  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "hostile", ["\x1b[31mred", "\x1b]8;;http://x\x07link", "a\x00b", "../" * 50 + "etc", "x" * 100_000, "\ud800", "‮evil", "a`b"]
+    "hostile",
+    [
+        "\x1b[31mred",
+        "\x1b]8;;http://x\x07link",
+        "a\x00b",
+        "../" * 50 + "etc",
+        "x" * 100_000,
+        "\ud800",
+        "‮evil",
+        "a`b",
+    ],
 )
 def test_hostile_names_are_answered_and_not_echoed(hostile: str) -> None:
     _, message, context, hint = error_of(hostile)
     for text in (message, context or "", hint or ""):
-        assert text.isprintable() or "\n" in text
-        assert len(text) < 400 and "\x1b" not in text
+        assert text.isprintable() and len(text) < 400
 
 
 @settings(max_examples=200, deadline=None)
@@ -355,7 +442,7 @@ def test_hostile_names_are_answered_and_not_echoed(hostile: str) -> None:
 def test_what_is_shown_is_printable(text: str) -> None:
     shown = printable(text, limit=20)
     assert shown and len(shown) <= max(20, len("(no printable character)")) and "`" not in shown
-    assert all(c.isprintable() or c.isspace() for c in shown)
+    assert shown.isprintable()
 
 
 JSON = st.recursive(
@@ -363,7 +450,9 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-FIELDS = st.dictionaries(st.sampled_from([*config._SIZES, "model_type", "text_config", "dtype", "auto_map"]), JSON)
+FIELDS = st.dictionaries(
+    st.sampled_from([*config._SIZES, "model_type", "text_config", "dtype", "auto_map"]), JSON
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -389,7 +478,9 @@ def test_resolving_imports_nothing_heavy() -> None:
         "import sys, memplan.models.resolve as r; r.resolve('llama-2-13b');"
         "print([m for m in ('torch', 'transformers', 'huggingface_hub', 'httpx') if m in sys.modules])"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_environment())
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_environment()
+    )
     assert out.stdout.strip() == "[]"
 
 
