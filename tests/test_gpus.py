@@ -80,9 +80,12 @@ def test_names_as_people_and_nvml_write_them(typed: str, name: str) -> None:
 
 def test_a_card_says_how_its_total_is_known() -> None:
     assert card("H100") == CardSpec(
-        name="H100 80GB HBM3 (SXM5)", total_bytes=85_017_493_504, compute_capability=(9, 0),
-        total_known="seen", multiprocessor_count=132,
-    )  # fmt: skip
+        name="H100 80GB HBM3 (SXM5)",
+        total_bytes=85_017_493_504,
+        compute_capability=(9, 0),
+        total_known="seen",
+        multiprocessor_count=132,
+    )
     assert card("rtx-5000-ada").total_known == "estimated"
     assert card("A10G").multiprocessor_count is None, "its sources disagree"
 
@@ -107,9 +110,11 @@ def test_errors_of_names() -> None:
         "Say which: `v100-32gb` or `v100-16gb`",
     )
     assert error_of(card, "gb10") == (
-        "gpu-total-unknown", "how much memory torch sees of `gb10` is not known",
+        "gpu-total-unknown",
+        "how much memory torch sees of `gb10` is not known",
         "It is less than the 128 GB that the card is sold with",
-        "Give the size that torch reports on it instead of the name, e.g. `--gpus 23.64GiB`")  # fmt: skip
+        "Give the size that torch reports on it instead of the name, e.g. `--gpus 23.64GiB`",
+    )
     assert error_of(card, "GeForce RTX 4090 Laptop GPU")[0] == "unknown-gpu", "16 GB, not the desktop's 24"
 
 
@@ -161,7 +166,11 @@ def test_errors_of_odd_text() -> None:
     assert error_of(parse_cards, "9" * 5000)[2] == "It is 5,000 characters long"
     assert error_of(parse_cards, "\x1b[31mL4\x1b]0;x\x07")[1] == "`--gpus L4` cannot be read"
     assert error_of(parse_cards, "2xH10O") == (
-        "unknown-gpu", "no GPU is called `H10O` in the catalogue", None, f"Did you mean `h100-sxm`? {SIZE_WORKS}")  # fmt: skip
+        "unknown-gpu",
+        "no GPU is called `H10O` in the catalogue",
+        None,
+        f"Did you mean `h100-sxm`? {SIZE_WORKS}",
+    )
 
 
 KINDS = st.sampled_from([gpu for gpu in gpus() if gpu.torch_bytes]).map(lambda gpu: (gpu.id, gpu.torch_bytes))
@@ -249,7 +258,7 @@ NEW = ("NVIDIA Something New", 100 * GIB, 0, "GPU-bbbb-2")
 
 
 def probed(monkeypatch: pytest.MonkeyPatch, nvml: Nvml, visible: str | None = None) -> tuple[CardSpec, ...]:
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -263,9 +272,13 @@ def probed(monkeypatch: pytest.MonkeyPatch, nvml: Nvml, visible: str | None = No
 def test_probed_cards(monkeypatch: pytest.MonkeyPatch, old: bool) -> None:
     known, new = probed(monkeypatch, Nvml(H100, NEW, old=old))
     assert known == CardSpec(
-        name="NVIDIA H100 80GB HBM3", total_bytes=85_017_493_504, compute_capability=(9, 0), total_known="probed",
-        multiprocessor_count=132, used_bytes=3 * GIB,
-    )  # fmt: skip
+        name="NVIDIA H100 80GB HBM3",
+        total_bytes=85_017_493_504,
+        compute_capability=(9, 0),
+        total_known="probed",
+        multiprocessor_count=132,
+        used_bytes=3 * GIB,
+    )
     assert (
         new.total_bytes == torch_total_bytes(new.name, 100 * GIB) == 100 * GIB - 560 * MIB - 100 * GIB // 500
     )
@@ -304,7 +317,11 @@ def test_errors_of_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said(Nvml(H100), "-1") == ("no-gpu-found", none, "`CUDA_VISIBLE_DEVICES` hides every card", hint)
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert error_of(probe_cards) == (
-        "no-gpu-found", none, "The Python package `nvidia-ml-py` is not installed", hint)  # fmt: skip
+        "no-gpu-found",
+        none,
+        "The Python package `nvidia-ml-py` is not installed",
+        hint,
+    )
 
 
 def test_a_probed_name_with_two_sizes_is_the_nearest() -> None:

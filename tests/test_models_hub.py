@@ -11,16 +11,21 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LLAMA = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "dtype": "bfloat16"}
+NEAR_13B = "`meta-llama/Llama-2-13b-hf`, `huggyllama/llama-13b` or `meta-llama/Llama-3.2-3B`"
 ELSEWHERE = "A directory or a `config.json` works without the hub"
 
-_HEADER = json.dumps({"b": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]},
-                      "a": {"dtype": "F16", "shape": [], "data_offsets": [4, 6]}}).encode()  # fmt: skip
+_HEADER = json.dumps(
+    {
+        "b": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]},
+        "a": {"dtype": "F16", "shape": [], "data_offsets": [4, 6]},
+    }
+).encode()
 _SHARD = struct.pack("<Q", len(_HEADER)) + _HEADER
 _INDEX = {"weight_map": {"a": "model-1-of-1.safetensors"}}
 FILES: dict[str, bytes] = {
@@ -36,19 +41,24 @@ FILES: dict[str, bytes] = {
     "org/gguf-only/README.md": b"",
     "meta-llama/Llama-2-13b-hf/config.json": json.dumps(LLAMA).encode(),
 }
-STATUS = {"org/gated": (403, "GatedRepo"), "org/gated-anonymous": (401, "GatedRepo"), "org/forbidden": (403, ""),
-          "org/down": (500, ""), "org/private": (401, "RepoNotFound")}  # fmt: skip
+STATUS = {
+    "org/gated": (403, "GatedRepo"),
+    "org/gated-anonymous": (401, "GatedRepo"),
+    "org/forbidden": (403, ""),
+    "org/down": (500, ""),
+    "org/private": (401, "RepoNotFound"),
+}
 
 
 class Hub(BaseHTTPRequestHandler):
     """`/ORG/NAME/resolve/REVISION/FILE` as the hub answers it."""
 
-    asked: list[str] = []
+    asked: ClassVar[list[str]] = []
 
-    def do_HEAD(self) -> None:  # noqa: N802 - the base class's name
+    def do_HEAD(self) -> None:
         self._answer()
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self._answer()
 
     def _answer(self) -> None:
@@ -109,10 +119,18 @@ def answers(asks: list[str | dict[str, Any]], home: Path, **environment: str) ->
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     done = subprocess.run(
         [sys.executable, "-c", _ASK, json.dumps([a if isinstance(a, dict) else {"model": a} for a in asks])],
-        capture_output=True, text=True, timeout=60, cwd=home,
-        env={**inherited, "HF_HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[1]),
-             "NO_PROXY": "127.0.0.1", **environment},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=home,
+        env={
+            **inherited,
+            "HF_HOME": str(home),
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "NO_PROXY": "127.0.0.1",
+            **environment,
+        },
+    )
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -126,14 +144,31 @@ def test_models_on_the_hub(endpoint: str, tmp_path: Path) -> None:
     host = endpoint.removeprefix("http://")
     Hub.asked.clear()
     good, again, no_dtype, sharded, pinned, catalogue, at_revision = answers(
-        ["org/good", "org/good", "org/no-dtype", "org/sharded", {"model": "org/good", "revision": COMMIT},
-         "llama-2-13b", {"model": "llama-2-13b", "revision": "main"}],
-        tmp_path, HF_ENDPOINT=endpoint,
-    )  # fmt: skip
-    assert good == again == pinned == {
-        "name": "org/good", "source": f"{host}/org/good@{COMMIT[:12]}", "dtype": "bfloat16",
-        "revision": COMMIT, "config": LLAMA, "notes": [],
-    }  # fmt: skip
+        [
+            "org/good",
+            "org/good",
+            "org/no-dtype",
+            "org/sharded",
+            {"model": "org/good", "revision": COMMIT},
+            "llama-2-13b",
+            {"model": "llama-2-13b", "revision": "main"},
+        ],
+        tmp_path,
+        HF_ENDPOINT=endpoint,
+    )
+    assert (
+        good
+        == again
+        == pinned
+        == {
+            "name": "org/good",
+            "source": f"{host}/org/good@{COMMIT[:12]}",
+            "dtype": "bfloat16",
+            "revision": COMMIT,
+            "config": LLAMA,
+            "notes": [],
+        }
+    )
     assert no_dtype["dtype"] == sharded["dtype"] == "float16"
     assert catalogue["source"].startswith("catalogue: ")
     assert at_revision["source"] == f"{host}/meta-llama/Llama-2-13b-hf@{COMMIT[:12]}"
@@ -146,10 +181,20 @@ def test_models_on_the_hub(endpoint: str, tmp_path: Path) -> None:
 def test_errors_of_the_hub(endpoint: str, tmp_path: Path) -> None:
     host = endpoint.removeprefix("http://")
     asks: list[str | dict[str, Any]] = [
-        "org/missing", "org/private", "lama-2-13b", "org/gated", "org/gated-anonymous", "org/forbidden",
-        {"model": "org/good", "revision": "v9"}, "org/gguf-only", "org/lora", "org/huge", "org/broken", "org/down",
+        "org/missing",
+        "org/private",
+        "lama-2-13b",
+        "org/gated",
+        "org/gated-anonymous",
+        "org/forbidden",
+        {"model": "org/good", "revision": "v9"},
+        "org/gguf-only",
+        "org/lora",
+        "org/huge",
+        "org/broken",
+        "org/down",
         "org/not-a-hub",
-    ]  # fmt: skip
+    ]
     got = dict(
         zip([str(a) for a in asks], map(said, answers(asks, tmp_path, HF_ENDPOINT=endpoint)), strict=True)
     )
@@ -165,15 +210,14 @@ def test_errors_of_the_hub(endpoint: str, tmp_path: Path) -> None:
         "unknown-model",
         "no model is called `lama-2-13b`",
         f"It is neither a path, nor a name in the catalogue, nor a model on {host}",
-        f"Did you mean `meta-llama/Llama-2-13b-hf`, `huggyllama/llama-13b` or `meta-llama/Llama-3.2-3B`? {ELSEWHERE}",
+        f"Did you mean {NEAR_13B}? {ELSEWHERE}",
     )
     for name in ("org/gated", "org/gated-anonymous", "org/forbidden"):
         assert got[name] == (
             "model-gated",
             f"`{name}` is gated: the hub gives its files only to accounts that were granted access",
             None,
-            f"Ask for access at {host}/{name} and pass a token of that account"
-            " (`--token`, `HF_TOKEN` or `hf auth login`)",
+            f"Ask for access at {host}/{name} and pass {token.replace('a token', 'a token of that account')}",
         )
     assert got[str(asks[6])] == (
         "revision-not-found",
@@ -212,9 +256,11 @@ def test_errors_of_the_hub(endpoint: str, tmp_path: Path) -> None:
         f"Try again later. {ELSEWHERE}",
     )
     assert got["org/not-a-hub"] == (
-        "hub-failed", f"{host} failed to give the config of `org/not-a-hub`",
+        "hub-failed",
+        f"{host} failed to give the config of `org/not-a-hub`",
         "The answer is not a hub's: it names no commit; check `HF_ENDPOINT` and the proxy",
-        f"Try again later. {ELSEWHERE}")  # fmt: skip
+        f"Try again later. {ELSEWHERE}",
+    )
 
 
 def test_without_a_connection_the_cache_answers(endpoint: str, tmp_path: Path) -> None:
@@ -241,13 +287,17 @@ def test_without_a_connection_the_cache_answers(endpoint: str, tmp_path: Path) -
             ELSEWHERE,
         )
         assert said(near)[3] == (
-            "The catalogue, which needs no network, has `Qwen/Qwen-7B`, `Qwen/Qwen2-7B` and `Qwen/Qwen2-72B`. "
-            + ELSEWHERE)  # fmt: skip
+            "The catalogue, which needs no network, has "
+            f"`Qwen/Qwen-7B`, `Qwen/Qwen2-7B` and `Qwen/Qwen2-72B`. {ELSEWHERE}"
+        )
         assert ours["source"].startswith("catalogue: ")
 
 
 def test_without_a_connection_and_a_cache(tmp_path: Path) -> None:
     (other,) = answers(["org/good"], tmp_path, HF_HUB_OFFLINE="1")
     assert said(other) == (
-        "hub-offline", "`org/good` cannot be looked up: offline mode is on (`HF_HUB_OFFLINE`)",
-        "It is not in the catalogue, nor in the hub's cache", ELSEWHERE)  # fmt: skip
+        "hub-offline",
+        "`org/good` cannot be looked up: offline mode is on (`HF_HUB_OFFLINE`)",
+        "It is not in the catalogue, nor in the hub's cache",
+        ELSEWHERE,
+    )
