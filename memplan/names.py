@@ -21,7 +21,8 @@ _UNPRINTABLE = {"Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"}
 def printable(text: str, limit: int = SHOWN_CHARACTERS) -> str:
     """`text` as a message may quote it: no escape sequence, control or backtick, no more than `limit`."""
     kept = _ESCAPE.sub("", text[: 8 * limit])
-    kept = "".join(c for c in kept if unicodedata.category(c) not in _UNPRINTABLE).replace("`", "'")
+    kept = "".join(c for c in kept if unicodedata.category(c) not in _UNPRINTABLE)
+    kept = re.sub(r"\s", " ", kept).replace("`", "'")
     if not kept.strip():
         return "(no printable character)"
     return kept if len(kept) <= limit else kept[: limit - 1] + "…"
