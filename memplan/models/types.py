@@ -21,8 +21,16 @@ class ModelFacts:
     checkpoint_dtype: str | None = None
     """`bfloat16`, `float16` or `float32` as the config or the safetensors headers state it."""
     known_params: int | None = None
+    """For a catalogue entry: its parameters as transformers builds it."""
     verified: bool | None = None
     """For a catalogue entry: whether its parameter count was checked against a published one."""
     local_dir: Path | None = None
     """The directory whose code and files belong to the config, where there is one."""
+    hub_id: str | None = None
+    """The repository of the config, where there is one, and the commit in `revision` that was read."""
+    revision: str | None = None
+    needs_remote_code: bool = False
+    """Whether the config names code of its own (`auto_map`), or the catalogue knows that it needs some."""
+    quantized_with: str | None = None
+    """The method of a checkpoint that is stored quantized (`gptq`, `awq`, `fp8`, …)."""
     notes: tuple[str, ...] = ()

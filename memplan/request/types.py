@@ -85,6 +85,7 @@ class Request:
     """Whether the collator passes an attention mask (Hugging Face's collators do)."""
 
     num_processes: int | None = None
+    ddp_find_unused_parameters: bool | None = None
     cards: tuple[CardSpec, ...] = ()
     alloc_conf: str | None = None
     """`PYTORCH_ALLOC_CONF` of the run, e.g. `expandable_segments:True`."""

@@ -1,0 +1,116 @@
+"""What CUDA kernels allocate within themselves: cuBLAS handles, attention, reductions, embeddings."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from memplan.timeline import Category
+from memplan.trace.as_cuda.reductions import reduction_workspace
+from memplan.trace.as_cuda.target import CudaTarget
+from memplan.trace.recorder import Recorder
+from memplan.units import KIB, MIB
+
+CUBLAS_WORKSPACE_HOPPER_BYTES = 32 * MIB
+"""Per handle and stream on compute capability 9.0 (ATen/cuda/CublasHandlePool.cpp: `:4096:2:16:8` below it,
+32 MiB on Hopper). Seen in both allocator histories of an H100, torch 2.11.0+cu130."""
+CUBLAS_WORKSPACE_BYTES = (4096 * 2 + 16 * 8) * KIB
+CUBLASLT_WORKSPACE_BYTES = 1 * MIB
+"""Seen in the same histories at the first GEMM with a bias of each thread."""
+
+SORTED_EMBEDDING_ROWS = 3072
+"""embedding_dense_backward sorts above this number of indices (ATen/native/cuda/Embedding.cu)."""
+_ROWS_PER_SEGMENT = 10
+"""NROWS_PER_THREAD in ATen/native/cuda/EmbeddingBackwardKernel.cu."""
+
+
+@contextlib.contextmanager
+def installed(target: CudaTarget, recorder: Recorder) -> Iterator[None]:
+    """Put the sizes in the recorder."""
+    recorder.workspaces.update(
+        {
+            "aten::_scaled_dot_product_cudnn_attention": lambda args, kwargs, out: [256],
+            "aten::_scaled_dot_product_cudnn_attention_backward": _cudnn_attention_backward,
+            "aten::_scaled_dot_product_flash_attention_backward": _flash_attention_backward,
+            "aten::_scaled_dot_product_efficient_attention_backward": _efficient_attention_backward,
+            "aten::embedding_dense_backward": _embedding_backward,
+            "aten::sum": lambda args, kwargs, out: reduction_workspace(target, args, out),
+        }
+    )
+    handles = _CublasHandles(target)
+    for name in ("aten::mm", "aten::bmm", "aten::baddbmm", "aten::addmm", "aten::_grouped_mm"):
+        recorder.handles[name] = handles.used_by(name)
+    yield
+
+
+class _CublasHandles:
+    """A cuBLAS handle takes its workspace at its first GEMM and keeps it; each thread has its own handles.
+
+    The autograd engine runs backward in a thread of its own. A GEMM with a bias goes through cuBLASLt.
+    """
+
+    def __init__(self, target: CudaTarget) -> None:
+        hopper = target.compute_capability[0] == 9
+        self._cublas_bytes = CUBLAS_WORKSPACE_HOPPER_BYTES if hopper else CUBLAS_WORKSPACE_BYTES
+        self._seen: set[tuple[bool, bool]] = set()
+
+    def used_by(self, name: str) -> Any:
+        light = name == "aten::addmm"
+
+        def use(recorder: Recorder, args: tuple[Any, ...]) -> None:
+            key = (light, recorder.phase.name == "backward")
+            if key in self._seen:
+                return
+            self._seen.add(key)
+            size_bytes = CUBLASLT_WORKSPACE_BYTES if light else self._cublas_bytes
+            recorder.allocate(size_bytes, "cublas_workspace", Category.WORKSPACES)
+
+        return use
+
+
+def _cudnn_attention_backward(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[int]:
+    """fp32 accumulator of dQ, row sums, and dK, dV of every query head where heads are grouped.
+
+    From the H100 histories: cuDNN 9.x, head_dim 64 and 128.
+    """
+    query, key = args[1], args[2]
+    batch, heads, length, head_dim = query.shape
+    size_bytes = batch * heads * length * (head_dim + 1) * 4 + 256
+    if key.shape[1] != heads:
+        size_bytes += 2 * batch * heads * length * head_dim * query.element_size()
+    return [size_bytes]
+
+
+def _flash_attention_backward(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[int]:
+    """softmax_d, dq_accum, and expanded dK, dV (mha_bwd in flash_attn/flash_api.cpp), lengths rounded to 128."""
+    query, key = args[1], args[2]
+    batch, heads, length, head_dim = query.shape
+    rounded = -(-length // 128) * 128
+    step = 32 if head_dim <= 128 else 64
+    head_rounded = -(-head_dim // step) * step
+    sizes = [batch * heads * rounded * 4, batch * heads * rounded * head_rounded * 4]
+    if key.shape[1] != heads:
+        sizes += [batch * key.shape[2] * heads * head_dim * query.element_size()] * 2
+    return sizes
+
+
+def _efficient_attention_backward(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[int]:
+    """delta, and the fp32 accumulator of dQ (attention_backward.cu)."""
+    batch, heads, length, head_dim = args[1].shape
+    return [batch * heads * length * 4, batch * heads * length * head_dim * 4]
+
+
+def _embedding_backward(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[int]:
+    """Sorted indices and partial sums of segments of equal indices, above 3072 indices."""
+    indices, weights = args[1], args[2]
+    count = indices.numel()
+    if count <= SORTED_EMBEDDING_ROWS:
+        return []
+    index_bytes = indices.element_size()
+    segments = min(count, weights)
+    partials = count // _ROWS_PER_SEGMENT + segments
+    sizes = [count * index_bytes] * 2 + [segments * index_bytes] * 3 + [partials * index_bytes]
+    return [*sizes, partials * out.shape[-1] * (4 if out.dtype in (torch.bfloat16, torch.float16) else out.element_size())]

@@ -1,0 +1,133 @@
+"""One job from end to end: load, prepare, steps."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from memplan.errors import ExitCode, MemplanError
+from memplan.models.types import ModelFacts
+from memplan.request.types import CardSpec, Request
+from memplan.timeline import Timeline
+from memplan.trace.finish import repeat_step
+
+TRACED_STEPS = 2
+"""The first step makes the optimizer's state; from the second on every step does the same."""
+STEPS = 3
+
+
+def trace_job(request: Request, facts: ModelFacts, card: CardSpec | None) -> Timeline:
+    """See `memplan.trace.trace`."""
+    with _quiet():
+        import torch
+
+        _import_libraries(request)
+        timeline = _run(request, facts, card, TRACED_STEPS)
+        repeated = repeat_step(timeline, TRACED_STEPS - 1)
+        if repeated is None:
+            repeated = _run(request, facts, card, STEPS)
+        repeated.facts["torch"] = torch.__version__
+    return repeated
+
+
+def _run(request: Request, facts: ModelFacts, card: CardSpec | None, steps: int) -> Timeline:
+    from memplan.trace.as_cuda import CudaTarget, as_cuda
+    from memplan.trace.load import load_model
+    from memplan.trace.ranks import ddp
+    from memplan.trace.ranks.group import fake_process_group
+    from memplan.trace.recorder import Recorder
+    from memplan.trace.step import Steps, begin_training, logits_modules, prepare_model
+
+    recorder, target = Recorder(), CudaTarget.of(card)
+    with (
+        fake_process_group(request.num_processes or 1, recorder),
+        as_cuda(target, recorder),
+        ddp.wrapper(request, recorder) as wrap,
+    ):
+        model: Any = load_model(request, facts, recorder, target)
+        parameters = _count(model)
+        model = prepare_model(model, request, recorder)
+        recorder.attribution.attach(model)
+        recorder.attribution.name_parameters(recorder, model)
+        wrapped = begin_training(model, request, recorder, wrap)
+        with _runs_on_meta(facts, recorder):
+            job = Steps(wrapped, model, request, recorder)
+            for step in range(steps):
+                job.run(step)
+        known: dict[str, Any] = {
+            "parameters": parameters,
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "logits_modules": logits_modules(model, recorder.attribution.modules),
+            "notes": list(recorder.notes),
+            "operators": recorder.operator_count,
+        }
+        timeline = recorder.finish(known)
+        recorder.attribution.detach()
+        del job, wrapped, model
+    gc.collect()
+    return timeline
+
+
+def _import_libraries(request: Request) -> None:
+    # before the patches: a library that is imported under them would keep them
+    import accelerate.utils
+    import transformers.masking_utils
+    import transformers.modeling_utils
+    import transformers.trainer_optimizer  # noqa: F401
+
+    if request.use_peft:
+        import peft  # noqa: F401
+    if request.is_quantized or "8bit" in str(request.optim) or "bnb" in str(request.optim):
+        import bitsandbytes  # noqa: F401
+    if str(request.optim).startswith(("paged", "lion", "rmsprop", "ademamix")):
+        import bitsandbytes  # noqa: F401
+
+
+def _count(model: Any) -> int:
+    packed = {"Params4bit": lambda p: _elements(p.quant_state.shape)}
+    return sum(packed.get(type(p).__name__, lambda p: p.numel())(p) for p in model.parameters())
+
+
+def _elements(shape: Any) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+@contextlib.contextmanager
+def _runs_on_meta(facts: ModelFacts, recorder: Any) -> Iterator[None]:
+    try:
+        yield
+    except MemplanError:
+        raise
+    except Exception as error:
+        phase = recorder.phase
+        module = recorder.attribution.modules[recorder.attribution.current()]
+        raise MemplanError(
+            "not-traceable",
+            f"the training step of `{facts.name}` can't run without data",
+            context=f"in {phase.name}, module `{module or type(error).__name__}`: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            hint="memplan can't say what this model takes",
+            exit_code=ExitCode.UNKNOWN,
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # The libraries' warnings are about a run that doesn't happen here.
+    levels = {name: logging.getLogger(name).level for name in ("transformers", "bitsandbytes", "peft", "torch")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in levels:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

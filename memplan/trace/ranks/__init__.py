@@ -1,0 +1,1 @@
+"""Several processes: the real wrappers run under a fake process group, seen from one rank."""
