@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memplan.errors import ExitCode, MemplanError
+from memplan.names import listed
 from memplan.request import CardSpec, Origin, Request
 from memplan.request.defaults import BITSANDBYTES_CONFIG, LORA_CONFIG, TRAINING_ARGUMENTS, resolve_defaults
 from memplan.request.validate import OPTIMIZERS, UNSUPPORTED_OPTIMIZERS, length_warnings, validate
@@ -38,7 +39,8 @@ class TestDefaults:
             "lora_target_modules": None, "load_in_4bit": False, "load_in_8bit": False,
             "bnb_4bit_quant_type": None, "bnb_4bit_compute_dtype": None, "bnb_4bit_quant_storage": None,
             "use_bnb_nested_quant": None, "prepare_model_for_kbit_training": None, "load": "pretrained",
-            "padding": "none", "attention_mask": True, "num_processes": 1, "cards": (), "alloc_conf": None,
+            "padding": "none", "attention_mask": True, "num_processes": 1, "cards": (),
+            "ddp_find_unused_parameters": None, "alloc_conf": None,
         }  # fmt: skip
 
     def test_qlora(self) -> None:
@@ -116,6 +118,18 @@ class TestDefaults:
             value=["24GiB"] * 3, stated=True, where="stated in the request"
         )
         assert request.origins["compute_capability"].stated is False
+
+    @pytest.mark.parametrize(
+        ("values", "finds_unused"),
+        [({}, True), ({"gradient_checkpointing": True}, False),
+         ({"gradient_checkpointing": True, "use_peft": True}, True)],
+    )  # fmt: skip
+    def test_unused_parameters_are_the_trainer_s_choice(
+        self, values: dict[str, Any], finds_unused: bool
+    ) -> None:
+        request = resolved(cards=(CARD,) * 2, **values)
+        assert request.ddp_find_unused_parameters is finds_unused
+        assert request.origins["ddp_find_unused_parameters"].stated is False
 
     def test_a_named_gpu_assumes_no_kernels(self) -> None:
         assert "compute_capability" not in resolved(cards=(replace(CARD, compute_capability=(8, 9)),)).origins
@@ -217,13 +231,13 @@ PROBLEMS = [
         {"optim": "adamw_torhc"},
         "unknown-optimizer",
         "no optimizer is called `adamw_torhc`",
-        "did you mean `adamw_torch` or `adamw_torch_fused` or `adamw_8bit`?",
+        "Did you mean `adamw_torch`, `adamw_torch_fused` or `adamw_8bit`?",
     ),
     (
         {"optim": "galore_adamw"},
         "optimizer-not-supported",
         "`--optim galore_adamw` is an optimizer of transformers that memplan can't run yet",
-        "memplan answers for " + ", ".join(f"`{name}`" for name in OPTIMIZERS),
+        f"memplan answers for {listed(OPTIMIZERS, 'and')}",
     ),
     (
         {"attn_implementation": "flash"},
@@ -235,73 +249,73 @@ PROBLEMS = [
         {"attn_implementation": "flash_attention"},
         "unknown-attention",
         "no attention is called `flash_attention`",
-        "did you mean `flash_attention_4` or `flash_attention_3` or `flash_attention_2`?",
+        "Did you mean `flash_attention_4`, `flash_attention_3` or `flash_attention_2`?",
     ),
     (
         {"use_peft": True, "load_in_4bit": True, "bnb_4bit_quant_storage": "int4"},
         "unknown-storage-dtype",
         "no storage dtype is called `int4`",
-        "did you mean `int8` or `uint8`?",
+        "Did you mean `int8` or `uint8`?",
     ),
     (
         {"trainer": "trl"},
         "trainer-not-supported",
         "`--trainer trl` is not supported yet",
-        "leave `--trainer` out to plan for transformers' Trainer",
+        "Leave `--trainer` out to plan for transformers' Trainer",
     ),
     (
         {"bf16": True, "fp16": True},
         "bf16-with-fp16",
         "`--bf16` and `--fp16` exclude each other",
-        "keep one: `--bf16` on Ampere or newer, `--fp16` on older cards",
+        "Keep one: `--bf16` on Ampere or newer, `--fp16` on older cards",
     ),
     (
         {"fp16": True, "dtype": "float16"},
         "fp16-weights-with-fp16",
         "`--fp16` can't train weights of `--dtype float16`",
-        "use `--dtype float32`, or `--bf16` in place of `--fp16`",
+        "Use `--dtype float32`, or `--bf16` in place of `--fp16`",
     ),
     (
         {"use_peft": True, "load_in_4bit": True, "load_in_8bit": True},
         "4bit-with-8bit",
         "`--load_in_4bit` and `--load_in_8bit` exclude each other",
-        "keep one",
+        "Keep one",
     ),
     (
         {"load_in_4bit": True},
         "quantized-without-peft",
         "`--load_in_4bit` needs `--use_peft`",
-        "add `--use_peft`",
+        "Add `--use_peft`",
     ),
     (
         {"prepare_model_for_kbit_training": True},
         "prepare-without-quantization",
         "`--prepare_model_for_kbit_training` needs a quantized model",
-        "add `--load_in_4bit` or `--load_in_8bit`, or leave it out",
+        "Add `--load_in_4bit` or `--load_in_8bit`, or leave it out",
     ),
     (
         {"use_bnb_nested_quant": True},
         "4bit-options-without-4bit",
         "`--use_bnb_nested_quant` does nothing without `--load_in_4bit`",
-        "add `--load_in_4bit`, or leave it out",
+        "Add `--load_in_4bit`, or leave it out",
     ),
     (
         {"lora_r": 16, "lora_target_modules": "all-linear"},
         "lora-without-peft",
         "`--lora_r` and `--lora_target_modules` do nothing without `--use_peft`",
-        "add `--use_peft`, or leave them out",
+        "Add `--use_peft`, or leave them out",
     ),
     (
         {"use_reentrant": True},
         "reentrant-without-checkpointing",
         "`--use_reentrant` does nothing without `--gradient_checkpointing`",
-        "add `--gradient_checkpointing`, or leave it out",
+        "Add `--gradient_checkpointing`, or leave it out",
     ),
     (
         {"num_processes": 4, "cards": (CARD,) * 3},
         "more-processes-than-cards",
         "`--num_processes 4` is more than the cards named, 3",
-        "name as many cards with `--gpus`, or use `--num_processes 3`",
+        "Name as many cards with `--gpus`, or use `--num_processes 3`",
     ),
 ]
 
@@ -326,8 +340,8 @@ class TestValidate:
             "`bf16-with-fp16`: `--bf16` and `--fp16` exclude each other\n"
             "`lora-without-peft`: `--lora_r` does nothing without `--use_peft`",
             "hint": "`--max_length` takes a whole number from 1 to 2147483647\n"
-            "keep one: `--bf16` on Ampere or newer, `--fp16` on older cards\n"
-            "add `--use_peft`, or leave it out",
+            "Keep one: `--bf16` on Ampere or newer, `--fp16` on older cards\n"
+            "Add `--use_peft`, or leave it out",
             "note": None,
             "exit_code": 2,
         }

@@ -13,6 +13,7 @@ from memplan import __version__
 from memplan.cli.options import near_options
 from memplan.cli.output import Output, format_asked_for
 from memplan.errors import ExitCode, MemplanError
+from memplan.names import listed, printable
 
 VERBS = ("check",)
 INTERRUPTED = 130
@@ -77,7 +78,7 @@ def usage_error(error: click.UsageError, arguments: Sequence[str]) -> MemplanErr
         return MemplanError(
             "no-model",
             "no MODEL is named",
-            hint="put MODEL first, `memplan check MODEL`: a list option takes all words after it",
+            hint="Put MODEL first, `memplan check MODEL`: a list option takes all words after it",
         )
     if isinstance(error, click.BadParameter) and error.param:
         message = f"`--{error.param.name}`: {_sentence(error.message)}"
@@ -89,8 +90,8 @@ def _unknown_option(error: click.NoSuchOption, hint: str) -> MemplanError:
     known = [name for p in error.ctx.command.params for name in p.opts] if error.ctx else []
     near = near_options(error.option_name, [name for name in known if name.startswith("--")])
     if near and len(error.option_name) > 2:
-        hint = f"did you mean {' or '.join(f'`{name}`' for name in near)}?"
-    return MemplanError("unknown-option", f"no option is called `{error.option_name}`", hint=hint)
+        hint = f"Did you mean {listed(near)}?"
+    return MemplanError("unknown-option", f"no option is called `{printable(error.option_name)}`", hint=hint)
 
 
 def _sentence(text: str) -> str:
@@ -103,6 +104,6 @@ def _internal_error(error: Exception) -> MemplanError:
     return MemplanError(
         "internal-error",
         f"memplan failed: {type(error).__name__}: {error}",
-        hint="run it again with `MEMPLAN_TRACEBACK=1` and report what it shows",
-        note="this is a fault of memplan, not of your request",
+        hint="Run it again with `MEMPLAN_TRACEBACK=1` and report what it shows",
+        note="This is a fault of memplan, not of your request",
     )

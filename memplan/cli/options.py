@@ -6,13 +6,13 @@ HfArgumentParser allows, `--bf16 True`; a list takes several words, `--lora_targ
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import click
 
+from memplan.names import nearest
 from memplan.request.types import Origin
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -133,7 +133,7 @@ def near_options(name: str, known: Sequence[str]) -> list[str]:
     """The options that an unknown one may have meant."""
     spelled = name.replace("-", "_").lstrip("_")
     names = sorted({option.lstrip("-").replace("-", "_") for option in known})
-    near = difflib.get_close_matches(spelled, names, n=3, cutoff=0.6)
+    near = nearest(spelled, names, 3)
     near += [other for other in names if spelled and spelled in other and other not in near][:2]
     return [f"--{match}" for match in near]
 

@@ -178,7 +178,10 @@ def _choose_data(choices: _Choices, position_limit: int | None) -> None:
 def _choose_machine(choices: _Choices) -> None:
     cards = choices.asked.cards
     where = "assumed: as many processes as cards" if cards else "assumed: one process, as no card is named"
-    choices.take("num_processes", len(cards) or 1, where)
+    if choices.take("num_processes", len(cards) or 1, where) > 1:
+        # a PeftModel is no PreTrainedModel, so the Trainer doesn't look whether it checkpoints
+        finds_unused = choices.is_on("use_peft") or not choices.is_on("gradient_checkpointing")
+        choices.take("ddp_find_unused_parameters", finds_unused, "the Trainer's rule, transformers 5.17")
     choices.take("alloc_conf", None, "torch's own, as no PYTORCH_ALLOC_CONF is set")
     names = [card.name for card in cards]
     known = choices.asked.origins.get("cards")

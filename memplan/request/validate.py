@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from memplan.errors import ExitCode, MemplanError
+from memplan.names import listed, nearest, printable
 from memplan.request.types import Request
 
 OPTIMIZERS: tuple[str, ...] = (
@@ -106,7 +106,7 @@ def _names(request: Request) -> Iterator[MemplanError]:
         yield MemplanError(
             reference="optimizer-not-supported",
             message=f"`--optim {optim}` is an optimizer of transformers that memplan can't run yet",
-            hint=f"memplan answers for {_listed(OPTIMIZERS)}",
+            hint=f"memplan answers for {listed(OPTIMIZERS, 'and')}",
             exit_code=ExitCode.UNKNOWN,
         )
     elif optim is not None and optim not in OPTIMIZERS:
@@ -120,8 +120,8 @@ def _names(request: Request) -> Iterator[MemplanError]:
         yield MemplanError(
             reference="trainer-not-supported",
             message=f"`--trainer {request.trainer}` is not supported yet",
-            context="its defaults and its loss differ from those of transformers' Trainer",
-            hint="leave `--trainer` out to plan for transformers' Trainer",
+            context="Its defaults and its loss differ from those of transformers' Trainer",
+            hint="Leave `--trainer` out to plan for transformers' Trainer",
             exit_code=ExitCode.UNKNOWN,
         )
 
@@ -131,15 +131,15 @@ def _precision(request: Request) -> Iterator[MemplanError]:
         yield MemplanError(
             reference="bf16-with-fp16",
             message="`--bf16` and `--fp16` exclude each other",
-            context="mixed precision computes in one type",
-            hint="keep one: `--bf16` on Ampere or newer, `--fp16` on older cards",
+            context="Mixed precision computes in one type",
+            hint="Keep one: `--bf16` on Ampere or newer, `--fp16` on older cards",
         )
     if request.fp16 and request.dtype == "float16" and not request.use_peft and not request.is_quantized:
         yield MemplanError(
             reference="fp16-weights-with-fp16",
             message="`--fp16` can't train weights of `--dtype float16`",
-            context="torch's GradScaler refuses to unscale float16 gradients",
-            hint="use `--dtype float32`, or `--bf16` in place of `--fp16`",
+            context="Torch's GradScaler refuses to unscale float16 gradients",
+            hint="Use `--dtype float32`, or `--bf16` in place of `--fp16`",
         )
 
 
@@ -148,22 +148,22 @@ def _quantization(request: Request) -> Iterator[MemplanError]:
         yield MemplanError(
             reference="4bit-with-8bit",
             message="`--load_in_4bit` and `--load_in_8bit` exclude each other",
-            context="bitsandbytes converts a layer to one of them",
-            hint="keep one",
+            context="Bitsandbytes converts a layer to one of them",
+            hint="Keep one",
         )
     if request.is_quantized and not request.use_peft:
         flag = "load_in_4bit" if request.load_in_4bit else "load_in_8bit"
         yield MemplanError(
             reference="quantized-without-peft",
             message=f"`--{flag}` needs `--use_peft`",
-            context="transformers refuses to train a quantized model without adapters",
-            hint="add `--use_peft`",
+            context="Transformers refuses to train a quantized model without adapters",
+            hint="Add `--use_peft`",
         )
     if request.prepare_model_for_kbit_training and not request.is_quantized:
         yield MemplanError(
             reference="prepare-without-quantization",
             message="`--prepare_model_for_kbit_training` needs a quantized model",
-            hint="add `--load_in_4bit` or `--load_in_8bit`, or leave it out",
+            hint="Add `--load_in_4bit` or `--load_in_8bit`, or leave it out",
         )
     if not request.load_in_4bit:
         yield from _idle(request, _FOUR_BIT, "4bit-options-without-4bit", "load_in_4bit")
@@ -184,11 +184,11 @@ def _idle(request: Request, names: Iterable[str], reference: str, needed: str) -
     idle = [name for name in names if is_stated(request, name)]
     if not idle:
         return
-    options = " and ".join(f"`--{name}`" for name in idle)
+    options = listed((f"--{name}" for name in idle), "and")
     yield MemplanError(
         reference=reference,
         message=f"{options} {'does' if len(idle) == 1 else 'do'} nothing without `--{needed}`",
-        hint=f"add `--{needed}`, or leave {'it' if len(idle) == 1 else 'them'} out",
+        hint=f"Add `--{needed}`, or leave {'it' if len(idle) == 1 else 'them'} out",
     )
 
 
@@ -198,8 +198,8 @@ def _processes(request: Request) -> Iterator[MemplanError]:
         yield MemplanError(
             reference="more-processes-than-cards",
             message=f"`--num_processes {request.num_processes}` is more than the cards named, {cards}",
-            context="each process of a job has a card of its own",
-            hint=f"name as many cards with `--gpus`, or use `--num_processes {cards}`",
+            context="Each process of a job has a card of its own",
+            hint=f"Name as many cards with `--gpus`, or use `--num_processes {cards}`",
         )
 
 
@@ -210,20 +210,16 @@ def _out_of_range(name: str, value: Any, allowed: str) -> MemplanError:
     is_long = isinstance(value, int) and abs(value) > _LARGEST  # its digits could fill the screen
     return MemplanError(
         reference="value-out-of-range",
-        message=f"`--{name}` can't be {'a number of that size' if is_long else repr(value)}",
+        message=f"`--{name}` can't be {'a number of that size' if is_long else printable(repr(value))}",
         hint=f"`--{name}` takes {allowed}",
     )
 
 
 def _unknown_name(name: str, value: str, known: Sequence[str], kind: str) -> MemplanError:
-    near = get_close_matches(value, known, n=3, cutoff=0.5)
+    near = nearest(value, known, 3)
     return MemplanError(
         reference=f"unknown-{kind.replace(' ', '-')}",
-        message=f"no {kind} is called `{value}`",
-        context=f"`--{name}` takes {_listed(known)}",
-        hint=f"did you mean {' or '.join(f'`{match}`' for match in near)}?" if near else None,
+        message=f"no {kind} is called `{printable(value)}`",
+        context=f"`--{name}` takes {listed(known)}",
+        hint=f"Did you mean {listed(near)}?" if near else None,
     )
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
