@@ -55,7 +55,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         output.error(error)
         return int(error.exit_code)
     except click.UsageError as error:
-        output.error(usage_error(error))
+        output.error(usage_error(error, arguments))
         return int(ExitCode.BAD_INPUT)
     except (KeyboardInterrupt, click.Abort):
         return INTERRUPTED
@@ -66,9 +66,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return INTERNAL_ERROR
 
 
-def usage_error(error: click.UsageError) -> MemplanError:
+def usage_error(error: click.UsageError, arguments: Sequence[str]) -> MemplanError:
     """click's complaint as ours."""
-    help_of = error.ctx.command_path if error.ctx else "memplan"
+    verb = " ".join(argument for argument in arguments[:1] if argument in VERBS)
+    help_of = error.ctx.command_path if error.ctx else f"memplan {verb}".strip()
     hint = f"`{help_of} --help` shows what there is"
     if isinstance(error, click.NoSuchOption):
         return _unknown_option(error, hint)
@@ -102,6 +103,6 @@ def _internal_error(error: Exception) -> MemplanError:
     return MemplanError(
         "internal-error",
         f"memplan failed: {type(error).__name__}: {error}",
-        hint="run it again with `MEMPLAN_TRACEBACK=1` and report what it shows where you got memplan from",
+        hint="run it again with `MEMPLAN_TRACEBACK=1` and report what it shows",
         note="this is a fault of memplan, not of your request",
     )

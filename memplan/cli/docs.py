@@ -15,7 +15,7 @@ _HEAD = """# The command line
 Made from `--help` by `python -m memplan.cli.docs`; a test compares the two.
 """
 _SCHEMA = """
-`--format json` prints what [`plan.schema.json`](../memplan/report/plan.schema.json) describes, or `{"error": …}`.
+[plan.schema.json](../memplan/report/plan.schema.json) describes what `--format json` prints.
 """
 
 

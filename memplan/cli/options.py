@@ -124,8 +124,7 @@ def normalized(arguments: Sequence[str]) -> list[str]:
             is_word = bool(rest) and rest[0].lower() in TRUE_WORDS | FALSE_WORDS
             argument += f"={rest.pop(0) if is_word else 'true'}"
         elif field is not None and field.type == "list":
-            words = _take_words(rest)
-            argument += f"={','.join(words)}" if words else ""
+            argument += f"={','.join(_take_words(rest))}"
         result.append(argument)
     return result
 
