@@ -8,7 +8,7 @@ goes on: it has no end.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, insort
 from typing import Final
 
 from memplan.allocator.blocks import (
@@ -173,7 +173,7 @@ class ExpandableSegments:
         if last < address + size:
             blocks.insert(segment.pool, last, address + size - last)
         blocks.reserved -= last - first
-        at = bisect_right(segment.gaps, last)
+        at = bisect_left(segment.gaps, last)
         if at < len(segment.gaps) and segment.gaps[at] == last:
             last = gap_end.pop(segment.gaps.pop(at))
         if at and gap_end[segment.gaps[at - 1]] == first:
