@@ -64,19 +64,16 @@ def predict_all(rows: Sequence[Row], jobs: int) -> Iterator[Result]:
 
 def line_of(result: Result) -> str:
     """One row of the table."""
-    allocated = _figures(
-        result.predicted_allocated_bytes, result.measured_allocated_bytes, result.error_allocated
-    )
-    reserved = _figures(
-        result.predicted_reserved_bytes, result.measured_reserved_bytes, result.error_reserved
-    )
+    figures = [
+        f"{_gib(predicted):>9} {_gib(measured):>8} {_percent(error):>7}"
+        for predicted, measured, error in (
+            (result.predicted_allocated_bytes, result.measured_allocated_bytes, result.error_allocated),
+            (result.predicted_reserved_bytes, result.measured_reserved_bytes, result.error_reserved),
+        )
+    ]
     seconds = "-" if result.seconds is None else f"{result.seconds:.1f}"
     note = f"  [{result.note}]" if result.note else ""
-    return f"{allocated} {reserved} {seconds:>6}  {result.id}{note}"
-
-
-def _figures(predicted: int | None, measured: int | None, error: float | None) -> str:
-    return f"{_gib(predicted):>9} {_gib(measured):>8} {_percent(error):>7}"
+    return f"{figures[0]} {figures[1]} {seconds:>6}  {result.id}{note}"
 
 
 def _gib(size_bytes: int | None) -> str:
@@ -119,8 +116,9 @@ def text_of(summary: dict[str, Any]) -> str:
         spread = summary[name]
         if spread["count"]:
             lines.append(
-                f"{name:9} off by {spread['mean']:.3%} on average, median {spread['median']:.4%}, "
-                f"at most {spread['max']:.2%}; most under {spread['most_under']:+.2%} ({spread['count']} rows)"
+                f"{name:9} ({spread['count']} rows): off by {spread['mean']:.3%} on average, "
+                f"median {spread['median']:.4%}, at most {spread['max']:.2%}; "
+                f"most under {spread['most_under']:+.2%}"
             )
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from memplan.errors import MemplanError
@@ -19,15 +19,17 @@ Row = Mapping[str, Any]
 _QUANTIZED = {"nf4", "fp4", "int8"}
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 _MAPPED = {
-    "model", "config", "method", "weights", "batch", "seq", "accum", "optim", "attn", "grad_ckpt", "reentrant",
-    "pad", "mask", "max_grad_norm", "bf16", "prep_kbit", "alloc_conf", "load", "strategy", "world", "limit_gib",
-    "lora_r", "lora_targets", "lora_dropout", "double_quant", "quant_storage", "liger",
+    "model", "config", "method", "weights", "batch", "seq", "accum", "optim", "attn", "grad_ckpt",
+    "reentrant", "pad", "mask", "max_grad_norm", "bf16", "prep_kbit", "alloc_conf", "load", "strategy",
+    "world", "limit_gib", "lora_r", "lora_targets", "lora_dropout", "double_quant", "quant_storage",
+    "liger",
 }  # fmt: skip
 _NEUTRAL = {
-    "id", "gpu", "driver", "versions", "total_bytes", "params", "trainable", "trainable_dtype", "marks", "status",
-    "error", "traceback", "stats_error", "peak_allocated", "peak_reserved", "train_peak_allocated",
-    "train_peak_reserved", "load_peak_allocated", "device_used_bytes", "seconds", "step_seconds", "steps", "solo",
-    "snapshot", "need_gib", "fails_at_mib", "passes_at_mib", "trials",
+    "id", "gpu", "driver", "versions", "total_bytes", "params", "trainable", "trainable_dtype", "marks",
+    "status", "error", "traceback", "stats_error", "peak_allocated", "peak_reserved",
+    "train_peak_allocated", "train_peak_reserved", "load_peak_allocated", "device_used_bytes",
+    "seconds", "step_seconds", "steps", "solo", "snapshot", "need_gib", "fails_at_mib", "passes_at_mib",
+    "trials",
 }  # fmt: skip
 """What was measured, and how: nothing that a request says."""
 
@@ -85,7 +87,7 @@ def request_of(row: Row) -> Request:
 
 def _card(row: Row) -> CardSpec:
     """The card as torch saw it; a cap counts only where the run hit it."""
-    capped = row["status"] == "oom" and row.get("limit_gib")
+    capped = row.get("status") == "oom" and row.get("limit_gib")
     return CardSpec(
         name="H100",
         total_bytes=int(row["limit_gib"] * GIB) if capped else row["total_bytes"],
@@ -129,45 +131,48 @@ def not_predicted(row: Row) -> str | None:
 
 def predict(row: Row) -> Result:
     """The row's result. Never raises: what goes wrong is the note, so that no row is left out."""
-    measured = {
-        "id": row["id"],
-        "measured_allocated_bytes": row.get("train_peak_allocated"),
-        "measured_reserved_bytes": row.get("train_peak_reserved"),
-    }
-    notes = [_measured_note(row)]
+    result = _measured(row)
     why_not = not_predicted(row)
     if why_not:
-        return Result(**measured, note=_joined(*notes, why_not))
+        return _noted(result, why_not)
     began = time.perf_counter()
     try:
+        # Here, so that reading rows needs no engine and each process imports it once.
         from memplan.plan import estimate
 
         train = estimate(request_of(row)).ranks[0].train
     except MemplanError as error:
-        return Result(**measured, note=_joined(*notes, f"{error.reference}: {error.message}"))
+        return _noted(result, f"{error.reference}: {error.message}")
     except Exception as error:
-        return Result(**measured, note=_joined(*notes, f"failed: {type(error).__name__}: {error}"))
-    return Result(
-        **measured,
+        text = " ".join(str(error).split())[:300]
+        return _noted(result, f"failed: {type(error).__name__}: {text}")
+    return replace(
+        result,
         predicted_allocated_bytes=train.allocated_bytes,
         predicted_reserved_bytes=train.reserved_bytes,
-        error_allocated=_error(train.allocated_bytes, measured["measured_allocated_bytes"]),
-        error_reserved=_error(train.reserved_bytes, measured["measured_reserved_bytes"]),
+        error_allocated=_error(train.allocated_bytes, result.measured_allocated_bytes),
+        error_reserved=_error(train.reserved_bytes, result.measured_reserved_bytes),
         seconds=round(time.perf_counter() - began, 3),
-        note=_joined(*notes),
     )
 
 
-def _measured_note(row: Row) -> str | None:
-    if row.get("status", "ok") == "ok":
-        return None
-    cap = f" under a cap of {row['limit_gib']} GiB" if row.get("limit_gib") else ""
-    return f"measured: {row['status']}{cap}"
+def _measured(row: Row) -> Result:
+    """What was measured. The peaks of a run that ran out of memory are not those of its steps."""
+    if row.get("status", "ok") != "ok":
+        cap = f" under a cap of {row['limit_gib']} GiB" if row.get("limit_gib") else ""
+        return Result(id=row["id"], note=f"measured: {row['status']}{cap}")
+    peak = row.get("train_peak_reserved")
+    return Result(
+        id=row["id"],
+        measured_allocated_bytes=row.get("train_peak_allocated"),
+        measured_reserved_bytes=peak,
+        note=None if peak else "no measured peaks",
+    )
+
+
+def _noted(result: Result, note: str) -> Result:
+    return replace(result, note=f"{result.note}; {note}" if result.note else note)
 
 
 def _error(predicted: int, measured: int | None) -> float | None:
     return predicted / measured - 1 if measured else None
-
-
-def _joined(*notes: str | None) -> str | None:
-    return "; ".join(note for note in notes if note) or None

@@ -1,7 +1,7 @@
 """Expandable segments: one a pool and stream, mapped page by page where it has to grow.
 
 Rules: `find_expandable_block`, `try_allocate_expandable_block`, `map_block`, `unmap_block`, `get_free_block`
-and `should_split` in https://github.com/pytorch/pytorch/blob/v2.11.0/c10/cuda/CUDACachingAllocator.cpp
+and `should_split` in https://github.com/pytorch/pytorch/blob/v2.13.0/c10/cuda/CUDACachingAllocator.cpp
 Where torch makes a second segment because the first one's addresses (9/8 of the card) are used up, this one
 goes on: it has no end.
 """
