@@ -6,8 +6,8 @@ They were read in a copy of main with 2.13's settings; that torch 2.11 on an H10
 tests/test_allocator.py replays its histories, address by address, with expandable segments and under caps.
 `max_split_size` and garbage collection are from the source alone.
 
-Not replayed, since a fine-tune has none: CUDA graphs, private pools, blocks shared by streams
-(`record_stream`: such a block is taken as free when its owner frees it).
+Not replayed: CUDA graphs and private pools. A block that other streams used (`record_stream`) is taken as
+free when its owner frees it; torch waits for them.
 """
 
 from __future__ import annotations
