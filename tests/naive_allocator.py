@@ -142,15 +142,12 @@ class NaiveAllocator:
             wanted = 2 * MIB if small else self.conf.large_segment_size_bytes
         else:
             wanted = -(-size // (2 * MIB)) * 2 * MIB
-        make = self._extend if self.conf.expandable_segments else self._new_segment
-        if self.collects and not self.conf.expandable_segments:
+        expandable = self.conf.expandable_segments
+        make = self._extend if expandable else self._new_segment
+        if self.collects and not expandable:
             self._collect()
         found = make(size, wanted, small, stream)
-        if (
-            found is None
-            and not self.conf.expandable_segments
-            and self._release_oversize(size, small, stream)
-        ):
+        if found is None and not expandable and self._release_oversize(size, small, stream):
             found = make(size, wanted, small, stream)
         if found is None:
             self.empty_cache()

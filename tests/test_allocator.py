@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,6 @@ from hypothesis import strategies as st
 from naive_allocator import NaiveAllocator
 
 from memplan.allocator import LAYOUTS, Allocator, AllocConf, Layout, OutOfMemory, live_at, replay
-from memplan.errors import MemplanError
 from memplan.timeline import Kind, Phase, Timeline
 from memplan.units import GIB, MIB
 
@@ -54,16 +55,14 @@ def timeline_of(events: list[tuple[str, int, int]]) -> Timeline:
     return timeline
 
 
-def add(
-    timeline: Timeline, kind: Kind, storage: int = 0, size: int = 0, phase: int = 0, stream: int = 0
-) -> None:
+def add(timeline: Timeline, kind: Kind, storage: int = 0, size: int = 0, phase: int = 0) -> None:
     timeline.kind.append(kind)
     timeline.storage.append(storage)
     timeline.size_bytes.append(size)
     timeline.phase.append(phase)
     timeline.operator.append(0)
     timeline.module.append(0)
-    timeline.stream.append(stream)
+    timeline.stream.append(0)
 
 
 @dataclass(frozen=True)
@@ -115,9 +114,8 @@ def test_with_the_segments_of_a_history_every_block_lies_where_torch_put_it(name
     events = history(name)
     segments = tuple((address, size) for action, address, size in events if action == "segment_alloc")
     allocations = 0
-    for address, ours, reserved, our_reserved in follow(
-        events, Allocator(layout=Recorded(segments=segments))
-    ):
+    allocator = Allocator(layout=Recorded(segments=segments))
+    for address, ours, reserved, our_reserved in follow(events, allocator):
         assert (ours, our_reserved) == (address, reserved)
         allocations += 1
     assert allocations > 10_000
@@ -173,20 +171,19 @@ SIZES = st.one_of(
     st.integers(10 * MIB, 90 * MIB),
     st.sampled_from([512, 513, MIB, MIB + 1, 2 * MIB, 10 * MIB - 512, 10 * MIB, 20 * MIB, 40 * MIB]),
 )
-CONFS = st.sampled_from(
-    [
-        AllocConf(),
-        AllocConf(max_split_size_bytes=24 * MIB),
-        AllocConf(garbage_collection_threshold=0.4),
-        AllocConf(max_split_size_bytes=32 * MIB, garbage_collection_threshold=0.6),
-        AllocConf(large_segment_size_bytes=12 * MIB),
-        AllocConf(expandable_segments=True),
-        AllocConf(expandable_segments=True, large_segment_size_bytes=32 * MIB),
-        AllocConf(expandable_segments=True, max_split_size_bytes=24 * MIB),
-    ]
-)
+CONFS = [
+    AllocConf(),
+    AllocConf(max_split_size_bytes=24 * MIB),
+    AllocConf(garbage_collection_threshold=0.4),
+    AllocConf(max_split_size_bytes=32 * MIB, garbage_collection_threshold=0.6),
+    AllocConf(large_segment_size_bytes=11 * MIB),
+    AllocConf(expandable_segments=True),
+    AllocConf(expandable_segments=True, large_segment_size_bytes=32 * MIB),
+    AllocConf(expandable_segments=True, max_split_size_bytes=24 * MIB),
+]
 CAPS = st.one_of(st.none(), st.integers(1, 400 * MIB))
-# An allocation, or a number that says which live storage to free; None empties the cache.
+Step = tuple[int, int] | int | None
+"""An allocation of bytes on a stream, or a number that says which live storage to free, or an empty_cache."""
 STEPS = st.lists(
     st.one_of(
         st.tuples(SIZES, st.sampled_from([0, 0, 0, 1])),
@@ -194,30 +191,47 @@ STEPS = st.lists(
         st.integers(0, 1000),
         st.none(),
     ),
-    max_size=80,
+    max_size=120,
 )
 
 
 @settings(max_examples=400, deadline=None)
-@given(STEPS, CONFS, CAPS, CAPS)
+@given(STEPS, st.sampled_from(CONFS), CAPS, CAPS)
 def test_it_agrees_with_a_plain_model_of_the_rules(
-    steps: list[tuple[int, int] | int | None], conf: AllocConf, capacity: int | None, allowed: int | None
+    steps: list[Step], conf: AllocConf, capacity: int | None, allowed: int | None
 ) -> None:
+    compare(steps, conf, capacity, allowed)
+
+
+@pytest.mark.parametrize("seed", range(32))
+def test_it_agrees_with_the_plain_model_over_a_long_walk(seed: int) -> None:
+    """A few sizes that come back, as in training, so that blocks are reused and gaps appear."""
+    rng = random.Random(seed)
+    kinds = [rng.randrange(1, MIB), rng.randrange(MIB, 24 * MIB), rng.randrange(10 * MIB, 90 * MIB)] * 4
+    sizes = [rng.choice(kinds) * rng.randrange(60, 100) // 100 for _ in range(12)]
+    steps: list[Step] = [
+        rng.choice([(rng.choice(sizes), rng.choice([0, 0, 0, 1])), rng.randrange(1000)])
+        if rng.random() < 0.98
+        else None
+        for _ in range(700)
+    ]
+    capacity, allowed = rng.choice([None, 400 * MIB, 900 * MIB]), rng.choice([None, 350 * MIB, 800 * MIB])
+    compare(steps, CONFS[seed % len(CONFS)], capacity, allowed)
+
+
+def compare(steps: list[Step], conf: AllocConf, capacity: int | None, allowed: int | None) -> None:
+    """Take the steps with both; they must fit and hold the same after each."""
     allocator = Allocator(capacity, conf, RISING, allowed_bytes=allowed)
     naive = NaiveAllocator(capacity, conf, allowed)
     live: list[int] = []
     for storage, step in enumerate(steps):
         if isinstance(step, tuple):
-            fits = True
-            try:
+            if naive.malloc(storage, *step):
                 allocator.malloc(storage, *step)
                 live.append(storage)
-            except OutOfMemory as error:
-                fits = False
-                assert error.reserved_bytes == naive_reserved_after_failing(naive, storage, step)
             else:
-                assert naive.malloc(storage, *step)
-            assert fits or allocator.allocated_bytes == naive.allocated
+                with pytest.raises(OutOfMemory):
+                    allocator.malloc(storage, *step)
         elif step is None:
             allocator.empty_cache()
             naive.empty_cache()
@@ -228,15 +242,10 @@ def test_it_agrees_with_a_plain_model_of_the_rules(
         assert (allocator.allocated_bytes, allocator.reserved_bytes) == (naive.allocated, naive.reserved)
 
 
-def naive_reserved_after_failing(naive: NaiveAllocator, storage: int, step: tuple[int, int]) -> int:
-    assert not naive.malloc(storage, *step)
-    return naive.reserved
-
-
 @settings(max_examples=200, deadline=None)
-@given(STEPS, CONFS, CAPS, st.sampled_from(LAYOUTS))
+@given(STEPS, st.sampled_from(CONFS), CAPS, st.sampled_from(LAYOUTS))
 def test_blocks_never_overlap_and_everything_can_be_given_back(
-    steps: list[tuple[int, int] | int | None], conf: AllocConf, capacity: int | None, layout: Layout
+    steps: list[Step], conf: AllocConf, capacity: int | None, layout: Layout
 ) -> None:
     allocator = Allocator(capacity, conf, layout)
     live: dict[int, int] = {}
@@ -255,7 +264,7 @@ def test_blocks_never_overlap_and_everything_can_be_given_back(
             del live[chosen]
             allocator.free(chosen)
         spans = sorted((allocator.address(s), size) for s, size in live.items() if size)
-        assert all(a + size <= b for (a, size), (b, _) in zip(spans, spans[1:], strict=False))
+        assert all(a + size <= b for (a, size), (b, _) in pairwise(spans))
         assert allocator.allocated_bytes == sum(live.values()) <= allocator.reserved_bytes
         assert capacity is None or allocator.reserved_bytes <= capacity
     for storage in live:
@@ -348,69 +357,3 @@ def test_a_replay_stops_at_the_event_that_runs_out() -> None:
 def test_an_empty_timeline_holds_nothing() -> None:
     replayed = replay(Timeline())
     assert (replayed.peak_allocated_bytes, replayed.peak_event, replayed.failure) == (0, -1, None)
-
-
-@pytest.mark.parametrize(
-    ("text", "conf"),
-    [
-        (None, AllocConf()),
-        ("", AllocConf()),
-        ("expandable_segments:True", AllocConf(expandable_segments=True)),
-        (" max_split_size_mb : 128 ,", AllocConf(max_split_size_bytes=128 * MIB)),
-        (
-            "large_segment_size_mb:40,pinned_use_background_threads:True,garbage_collection_threshold:0.8",
-            AllocConf(
-                large_segment_size_bytes=40 * MIB,
-                max_non_split_rounding_bytes=40 * MIB,
-                garbage_collection_threshold=0.8,
-            ),
-        ),
-        ("backend:native,per_process_memory_fraction:0.5", AllocConf(per_process_memory_fraction=0.5)),
-        ("roundup_power2_divisions:4", AllocConf(roundup_power2_divisions=(4,) * 16)),
-        (
-            "roundup_power2_divisions:[64:8,256:4,1024:4,>:1]",
-            AllocConf(roundup_power2_divisions=(8,) * 7 + (0, 4, 0, 4) + (1,) * 5),
-        ),
-        ("roundup_power2_divisions:[>:4]", AllocConf(roundup_power2_divisions=(0,) + (4,) * 15)),
-    ],
-)
-def test_settings_are_read_as_torch_reads_them(text: str | None, conf: AllocConf) -> None:
-    """The expected tables are what libc10 of torch 2.13 made of the same texts."""
-    assert AllocConf.parse(text) == conf
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "expandable_segments",
-        "expandable_segments:true",
-        "expandable_segments:True,,",
-        "expandable_segment:True",
-        "max_split_size_mb:19",
-        "max_split_size_mb:1.5",
-        "max_split_size_mb:30,large_segment_size_mb:40",
-        "max_non_split_rounding_mb:10",
-        "large_segment_size_mb:10",
-        "garbage_collection_threshold:1.0",
-        "garbage_collection_threshold:0",
-        "garbage_collection_threshold:nan",
-        "roundup_power2_divisions:3",
-        "roundup_power2_divisions:[100:2]",
-        "roundup_power2_divisions:[256]",
-        "roundup_power2_divisions:[256:1",
-        "backend:cudaMallocAsync",
-    ],
-)
-def test_settings_that_torch_would_refuse_are_refused(text: str) -> None:
-    with pytest.raises(MemplanError) as caught:
-        AllocConf.parse(text)
-    assert caught.value.reference == "bad-alloc-conf"
-
-
-@pytest.mark.parametrize(
-    ("divisions", "asked_mib", "block_mib"),
-    [(4, 5, 5), (4, 9, 10), (8, 9, 9), (4, 8, 8), (1, 9, 9), (2, 100, 128), (16, 100, 100)],
-)
-def test_requests_are_rounded_between_powers_of_two(divisions: int, asked_mib: int, block_mib: int) -> None:
-    conf = AllocConf.parse(f"roundup_power2_divisions:{divisions}")
-    assert Allocator(conf=conf).malloc(1, asked_mib * MIB) == block_mib * MIB

@@ -1,9 +1,13 @@
 """torch's CUDA caching allocator, replayed: which blocks it cuts, keeps and gives back. No torch.
 
 Rules: `DeviceCachingAllocator::malloc`, `round_size`, `should_split`, `alloc_found_block` and `free_block` in
-https://github.com/pytorch/pytorch/blob/v2.11.0/c10/cuda/CUDACachingAllocator.cpp
-Not replayed, since a fine-tune has none: CUDA graphs, private pools, blocks shared by streams
-(`record_stream`: such a block is taken as free when its owner frees it).
+https://github.com/pytorch/pytorch/blob/v2.13.0/c10/cuda/CUDACachingAllocator.cpp
+They were read in a copy of main with 2.13's settings; that torch 2.11 on an H100 decides alike is measured:
+tests/test_allocator.py replays its histories, address by address, with expandable segments and under caps.
+`max_split_size` and garbage collection are from the source alone.
+
+Not replayed: CUDA graphs and private pools. A block that other streams used (`record_stream`) is taken as
+free when its owner frees it; torch waits for them.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Expandable segments: one a pool and stream, mapped page by page where it has to grow.
 
 Rules: `find_expandable_block`, `try_allocate_expandable_block`, `map_block`, `unmap_block`, `get_free_block`
-and `should_split` in https://github.com/pytorch/pytorch/blob/v2.11.0/c10/cuda/CUDACachingAllocator.cpp
+and `should_split` in https://github.com/pytorch/pytorch/blob/v2.13.0/c10/cuda/CUDACachingAllocator.cpp
 Where torch makes a second segment because the first one's addresses (9/8 of the card) are used up, this one
 goes on: it has no end.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, insort
 from typing import Final
 
 from memplan.allocator.blocks import (
@@ -173,7 +173,7 @@ class ExpandableSegments:
         if last < address + size:
             blocks.insert(segment.pool, last, address + size - last)
         blocks.reserved -= last - first
-        at = bisect_right(segment.gaps, last)
+        at = bisect_left(segment.gaps, last)
         if at < len(segment.gaps) and segment.gaps[at] == last:
             last = gap_end.pop(segment.gaps.pop(at))
         if at and gap_end[segment.gaps[at - 1]] == first:

@@ -71,15 +71,15 @@ class AddressSpace:
     """Start → size of ranges that were given back, joined where they touch."""
 
     def take(self, size_bytes: int) -> int:
-        """An address for a segment of `size_bytes`, a multiple of 2 MiB."""
+        """An address for a segment of `size_bytes`: a multiple of 2 MiB."""
         if self.order == "scattered":
             return self._take_slot()
         if self.order in ("falling", "rising"):
-            return self._extend(size_bytes + GIB)
-        for owner, largest in reversed(self._with_holes.items()):
-            if largest >= size_bytes:
-                break
-        else:
+            return self._extend(_whole_pages(size_bytes) + GIB)
+        size_bytes = _whole_pages(size_bytes)
+        fitting = (owner for owner, hole in reversed(self._with_holes.items()) if hole >= size_bytes)
+        owner = next(fitting, None)
+        if owner is None:
             range_bytes = -(-size_bytes // _CHUNK_BYTES) * _CHUNK_BYTES
             start = self._take_range(range_bytes)
             owner = _Range(start, range_bytes, {start: range_bytes})
@@ -93,7 +93,7 @@ class AddressSpace:
         owner = self._ranges.pop(start, None)
         if owner is None:
             return
-        start, size_bytes = _joined(owner.holes, start, size_bytes)
+        start, size_bytes = _joined(owner.holes, start, _whole_pages(size_bytes))
         if size_bytes < owner.size_bytes:
             owner.holes[start] = size_bytes
             self._note_holes(owner)
@@ -132,6 +132,11 @@ class AddressSpace:
         """The next of 2**20 slots of 256 GiB, each far from the one before: the counter's bits reversed."""
         self._slots_used += 1
         return int(f"{self._slots_used % _SLOTS:020b}"[::-1], 2) * 256 * GIB
+
+
+def _whole_pages(size_bytes: int) -> int:
+    """The driver maps pages of 2 MiB."""
+    return -(-size_bytes // (2 * MIB)) * 2 * MIB
 
 
 def _joined(spans: dict[int, int], start: int, size_bytes: int) -> tuple[int, int]:

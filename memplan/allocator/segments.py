@@ -1,7 +1,7 @@
 """Segments of cudaMalloc: one a request, cut into blocks, given back only when whole and free.
 
 Rules: `get_free_block`, `alloc_block`, `garbage_collect_cached_blocks`, `release_available_cached_blocks` and
-`release_cached_blocks` in https://github.com/pytorch/pytorch/blob/v2.11.0/c10/cuda/CUDACachingAllocator.cpp
+`release_cached_blocks` in https://github.com/pytorch/pytorch/blob/v2.13.0/c10/cuda/CUDACachingAllocator.cpp
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def _run(request: Request, facts: ModelFacts, card: CardSpec | None, steps: int)
         ddp.wrapper(request, recorder) as wrap,
     ):
         model: Any = load_model(request, facts, recorder, target)
-        parameters = _count(model)
+        parameters, weight_bytes = _count(model), _weight_bytes(model)
         model = prepare_model(model, request, recorder)
         recorder.attribution.attach(model)
         recorder.attribution.name_parameters(recorder, model)
@@ -60,6 +60,7 @@ def _run(request: Request, facts: ModelFacts, card: CardSpec | None, steps: int)
                 job.run(step)
         known: dict[str, Any] = {
             "parameters": parameters,
+            "weight_bytes": weight_bytes,
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "logits_modules": logits_modules(model, recorder.attribution.modules),
             "notes": list(recorder.notes),
@@ -90,6 +91,10 @@ def _import_libraries(request: Request) -> None:
 def _count(model: Any) -> int:
     packed = {"Params4bit": lambda p: _elements(p.quant_state.shape)}
     return sum(packed.get(type(p).__name__, lambda p: p.numel())(p) for p in model.parameters())
+
+
+def _weight_bytes(model: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def _elements(shape: Any) -> int:

@@ -54,6 +54,7 @@ class Recorder(TorchDispatchMode):
         self._phase_index: dict[Phase, int] = {}
         self._operator_index: dict[str, int] = {}
         self._aliases: dict[Any, bool] = {}
+        self._composites: dict[Any, bool] = {}
         self._phase = 0
         self._paused = 0
         self._accumulations: set[int] = set()
@@ -186,6 +187,9 @@ class Recorder(TorchDispatchMode):
         if kernel is not None:
             with self:
                 return kernel(*args, **kwargs)
+        if self._is_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
         if name in self.handles:
             self.handles[name](self, args)
         if name == "aten::add" and self.attribution.in_backward:
@@ -200,6 +204,18 @@ class Recorder(TorchDispatchMode):
             for size_bytes in workspace(args, kwargs, out):
                 self.release(self.allocate(size_bytes, name, Category.WORKSPACES), size_bytes)
         return out
+
+    def _is_composite(self, func: Any) -> bool:
+        # Inside a kernel, below autograd, operators that are made of others arrive in one piece.
+        composite = self._composites.get(func)
+        if composite is None:
+            has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+            # one that has a kernel for the CPU (silu_backward) has one for CUDA too, and doesn't come apart
+            composite = has_kernel(func.name(), "CompositeImplicitAutograd") and not has_kernel(
+                func.name(), "CPU"
+            )
+            self._composites[func] = composite
+        return composite
 
     def _is_alias(self, func: Any) -> bool:
         alias = self._aliases.get(func)
