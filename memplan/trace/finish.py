@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from dataclasses import replace
 
 from memplan.timeline import Category, Kind, Phase, Timeline
@@ -11,10 +12,13 @@ UNKNOWN_CATEGORY = -1
 _EVENT_COLUMNS = ("kind", "storage", "size_bytes", "phase", "operator", "module", "stream")
 
 
-def merge_accumulations(timeline: Timeline, candidates: set[int]) -> Timeline:
+def merge_accumulations(
+    timeline: Timeline, candidates: set[int], passes: list[int]
+) -> tuple[Timeline, list[int]]:
     """Sums of gradients that CUDA makes in place: the sum takes the storage of its first term.
 
     A candidate is in place when the birth of the sum is followed at once by the death of an equal storage.
+    `passes` are event numbers; they come back as numbers in the new timeline.
     """
     out = Timeline(
         phases=timeline.phases,
@@ -47,7 +51,7 @@ def merge_accumulations(timeline: Timeline, candidates: set[int]) -> Timeline:
         column = getattr(timeline, name)
         setattr(out, name, array(column.typecode, [column[i] for i in keep]))
     out.storage = array("i", [renamed.get(s, s) for s in out.storage])
-    return out
+    return out, [bisect_left(keep, event) for event in passes]
 
 
 def classify(timeline: Timeline) -> Timeline:

@@ -13,29 +13,41 @@ from memplan.errors import ExitCode, MemplanError
 from memplan.models.types import ModelFacts
 from memplan.request.types import CardSpec, Request
 from memplan.timeline import Timeline
-from memplan.trace.finish import repeat_step
+from memplan.trace.finish import classify, repeat_step
 
 TRACED_STEPS = 2
 """The first step makes the optimizer's state; from the second on every step does the same."""
 STEPS = 3
 
 
-def trace_job(request: Request, facts: ModelFacts, card: CardSpec | None) -> Timeline:
-    """See `memplan.trace.trace`."""
+def trace_job(
+    request: Request, facts: ModelFacts, card: CardSpec | None, *, skip_layers: bool = True
+) -> Timeline:
+    """See `memplan.trace.trace`; with `skip_layers=False` every layer runs."""
     with _quiet():
         import torch
 
+        from memplan.trace.depth import DepthMismatchError
+
         _import_libraries(request)
-        timeline = _run(request, facts, card, TRACED_STEPS)
+        try:
+            timeline = _run(request, facts, card, TRACED_STEPS, skip_layers=skip_layers)
+        except DepthMismatchError as error:
+            timeline = _run(request, facts, card, TRACED_STEPS, skip_layers=False)
+            timeline.facts["depth"] = f"traced at full depth: {error}"
         repeated = repeat_step(timeline, TRACED_STEPS - 1)
         if repeated is None:
-            repeated = _run(request, facts, card, STEPS)
+            repeated = _run(request, facts, card, STEPS, skip_layers=False)
         repeated.facts["torch"] = torch.__version__
     return repeated
 
 
-def _run(request: Request, facts: ModelFacts, card: CardSpec | None, steps: int) -> Timeline:
+def _run(
+    request: Request, facts: ModelFacts, card: CardSpec | None, steps: int, *, skip_layers: bool
+) -> Timeline:
     from memplan.trace.as_cuda import CudaTarget, as_cuda
+    from memplan.trace.depth import plan_depth
+    from memplan.trace.extend import Skipped, extend
     from memplan.trace.load import load_model
     from memplan.trace.ranks import ddp
     from memplan.trace.ranks.group import fake_process_group
@@ -54,8 +66,10 @@ def _run(request: Request, facts: ModelFacts, card: CardSpec | None, steps: int)
         recorder.attribution.attach(model)
         recorder.attribution.name_parameters(recorder, model)
         wrapped = begin_training(model, request, recorder, wrap)
+        depth = plan_depth(model) if skip_layers else None
+        skipped = Skipped()
         with _runs_on_meta(facts, recorder):
-            job = Steps(wrapped, model, request, recorder)
+            job = Steps(wrapped, model, request, recorder, depth, skipped)
             for step in range(steps):
                 job.run(step)
         known: dict[str, Any] = {
@@ -67,10 +81,12 @@ def _run(request: Request, facts: ModelFacts, card: CardSpec | None, steps: int)
             "operators": recorder.operator_count,
         }
         timeline = recorder.finish(known)
+        if depth is not None:
+            timeline = extend(timeline, depth, recorder.passes, skipped)
         recorder.attribution.detach()
         del job, wrapped, model
     gc.collect()
-    return timeline
+    return classify(timeline)
 
 
 def _import_libraries(request: Request) -> None:

@@ -58,6 +58,8 @@ class Recorder(TorchDispatchMode):
         self._phase = 0
         self._paused = 0
         self._accumulations: set[int] = set()
+        self.passes: list[int] = []
+        """Events before which a phase was entered."""
         self.enter_phase("load", -1)
 
     # -- what the step tells ------------------------------------------------------------------------
@@ -70,6 +72,7 @@ class Recorder(TorchDispatchMode):
             index = self._phase_index[phase] = len(self._timeline.phases)
             self._timeline.phases.append(phase)
         self._phase = index
+        self.passes.append(len(self._timeline))
         self.attribution.enter_phase(name)
 
     @property
@@ -111,13 +114,14 @@ class Recorder(TorchDispatchMode):
             self._paused = paused
 
     def finish(self, facts: dict[str, Any]) -> Timeline:
-        """The timeline so far, categories filled in, gradient accumulation put in place."""
-        from memplan.trace.finish import classify, merge_accumulations
+        """The timeline so far, with gradients accumulated in place as on CUDA; `passes` keeps step with it."""
+        from memplan.trace.finish import merge_accumulations
 
         self._timeline.category = array("b", self._category)
         self._timeline.facts = facts
         self._timeline.modules = self.attribution.modules
-        return classify(merge_accumulations(self._timeline, self._accumulations))
+        timeline, self.passes = merge_accumulations(self._timeline, self._accumulations, self.passes)
+        return timeline
 
     # -- events -------------------------------------------------------------------------------------
 
@@ -161,6 +165,19 @@ class Recorder(TorchDispatchMode):
                 state[0], state[1] = self.allocate(size_bytes, operator), size_bytes
             return state[0]
         state = [self.allocate(size_bytes, operator), size_bytes]
+        self._watch(storage, state)
+        return state[0]
+
+    def adopt(self, tensor: torch.Tensor) -> int:
+        """Number a storage whose birth is told elsewhere; its death is logged."""
+        storage = tensor.untyped_storage()
+        number = len(self._category)
+        self._category.append(Category.GRADIENTS)
+        self._watch(storage, [number, storage.nbytes()])
+        return number
+
+    def _watch(self, storage: torch.UntypedStorage, state: list[int]) -> None:
+        key = storage._cdata
 
         def died(_: Any) -> None:
             entry = self._alive.get(key)
@@ -170,7 +187,6 @@ class Recorder(TorchDispatchMode):
             self.release(state[0], state[1])
 
         self._alive[key] = (weakref.ref(storage, died), state)
-        return state[0]
 
     # -- the mode -----------------------------------------------------------------------------------
 

@@ -18,6 +18,8 @@ from torch import nn
 from memplan.errors import MemplanError
 from memplan.request.types import Request
 from memplan.timeline import Category
+from memplan.trace.depth import Depth, shortened
+from memplan.trace.extend import Skipped
 from memplan.trace.optimizers import make_optimizer
 from memplan.trace.recorder import Recorder
 
@@ -99,8 +101,22 @@ def begin_training(model: Any, request: Request, recorder: Recorder, wrap: Wrap 
 class Steps:
     """Optimizer steps, one after the other, on a wrapped model."""
 
-    def __init__(self, model: nn.Module, inner: Any, request: Request, recorder: Recorder) -> None:
-        self._model, self._request, self._recorder = model, request, recorder
+    def __init__(
+        self,
+        model: nn.Module,
+        inner: Any,
+        request: Request,
+        recorder: Recorder,
+        depth: Depth | None,
+        skipped: Skipped,
+    ) -> None:
+        self._model, self._inner, self._request, self._recorder = model, inner, request, recorder
+        self._depth, self._skipped = depth, skipped
+        self._named = _parameters_by_layer(inner, depth)
+        for layer, name, parameter in self._named:
+            storage = recorder.labelled(parameter)
+            if storage is not None:
+                skipped.parameters[storage] = (layer, name)
         self._optimizer = make_optimizer(inner, request)
         self._scale_loss = (request.num_processes or 1) > 1
         forward = inspect.signature(_unwrap(inner).forward).parameters.values()
@@ -128,6 +144,7 @@ class Steps:
             torch.isinf(loss)
             self._total_loss += loss
             del loss
+        self._number_gradients(step)
         recorder.enter_phase("clip", step)
         bound = request.max_grad_norm if request.max_grad_norm else float("inf")
         self._norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), bound)
@@ -135,6 +152,16 @@ class Steps:
         self._optimizer.step()
         recorder.enter_phase("zero_grad", step)
         self._model.zero_grad()
+
+    def _number_gradients(self, step: int) -> None:
+        """Tell which storage holds whose gradient; those of skipped layers get their number here."""
+        for layer, name, parameter in self._named:
+            if parameter.grad is None:
+                continue
+            storage = self._recorder.labelled(parameter.grad)
+            if storage is None:
+                storage = self._recorder.adopt(parameter.grad)
+            self._skipped.gradients[storage] = (step, layer, name)
 
     def _fetch(self) -> None:
         fresh = [self._batch() for _ in range(self._request.gradient_accumulation_steps or 1)]
@@ -156,12 +183,13 @@ class Steps:
         return {name: tensor.to("meta") for name, tensor in batch.items()}
 
     def _micro_batch(self, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
-        self._recorder.enter_phase("forward", step)
-        loss = self._compute_loss(batch)
-        self._recorder.enter_phase("backward", step)
-        if not self._counts_items:
-            loss = loss / len(self._batches)
-        loss.backward()
+        with shortened(self._depth, self._recorder):
+            self._recorder.enter_phase("forward", step)
+            loss = self._compute_loss(batch)
+            self._recorder.enter_phase("backward", step)
+            if not self._counts_items:
+                loss = loss / len(self._batches)
+            loss.backward()
         return loss.detach()
 
     def _compute_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -173,6 +201,13 @@ class Steps:
         if self._counts_items and self._scale_loss:
             loss *= self._request.num_processes
         return loss
+
+
+def _parameters_by_layer(model: nn.Module, depth: Depth | None) -> list[tuple[int, str, nn.Parameter]]:
+    if depth is None:
+        return []
+    layers = getattr(depth.owner, depth.name)
+    return [(i, name, p) for i, layer in enumerate(layers) for name, p in layer.named_parameters()]
 
 
 def _unwrap(model: Any) -> Any:
