@@ -357,3 +357,17 @@ def test_a_replay_stops_at_the_event_that_runs_out() -> None:
 def test_an_empty_timeline_holds_nothing() -> None:
     replayed = replay(Timeline())
     assert (replayed.peak_allocated_bytes, replayed.peak_event, replayed.failure) == (0, -1, None)
+
+
+def test_addresses_come_as_the_driver_gave_them() -> None:
+    """Offsets as in the Qwen history, where the driver took nothing for itself in between."""
+    space = LAYOUTS[0].open()
+    top = space.take(20 * MIB)
+    freed = space.take(260 * MIB)
+    assert freed - top == -288 * MIB
+    space.give_back(freed, 260 * MIB)
+    latest = space.take(20 * MIB)
+    assert latest - top == -32 * MIB
+    tails = [space.take(2 * MIB) for _ in range(7)]
+    assert [tail - latest for tail in tails[:6]] == [(20 + 2 * i) * MIB for i in range(6)]
+    assert tails[6] - top == 20 * MIB
