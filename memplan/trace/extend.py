@@ -94,7 +94,8 @@ class _Extension:
                 continue
             storage = self._in.storage[event]
             self._size[storage] = self._in.size_bytes[event]
-            if tags[event] >= 0 and storage not in self._place:
+            own = self._layer_of_module[self._in.module[event]]
+            if tags[event] == own >= 0 and storage not in self._place:
                 number = bisect_right(self._pass_starts, event)
                 ordinal = ordinals[number, tags[event]] = ordinals.get((number, tags[event]), -1) + 1
                 self._put(storage, (number, tags[event], ordinal))
@@ -110,10 +111,10 @@ class _Extension:
         inside = [i for i, (tag, _, _) in enumerate(runs) if tag in template]
         if not inside or inside != list(range(inside[0], inside[-1] + 1)):
             raise DepthMismatchError("the template's layers don't run one after the other")
-        order = [runs[i][0] for i in inside]
-        upward = order == list(template)
-        if not upward and order != list(reversed(template)):
-            raise DepthMismatchError("the template's layers run in no order")
+        order = [tag for tag, _, _ in runs if tag >= 0]
+        upward = order == sorted(order)
+        if not upward and order != sorted(order, reverse=True):
+            raise DepthMismatchError("the layers run in no order")
         first, last = runs[inside[0]][1], runs[inside[-1]][2]
         copies = list(range(1, self._copies + 1))
         self._originals(start, first if not upward else last, runs)
@@ -181,18 +182,22 @@ class _Extension:
         if not 0 <= target < self._depth.count:
             raise DepthMismatchError("an event reaches beyond the layers")
         if target < self._depth.skipped.start or target >= self._depth.skipped.stop or where < 0:
-            return self._same_size(storage, self._storage_at.get((where, target, what)))
+            return self._same_size(storage, (where, target, what))
         offset = (target - self._depth.template.start) % self._depth.period
         equal = self._depth.template.start + offset
-        found = self._same_size(storage, self._storage_at.get((where, equal, what)))
+        found = self._same_size(storage, (where, equal, what))
         return self._of_copy(found, (target - equal) // self._depth.period)
 
     def _position(self, layer: int) -> int:
         return layer - self._shift if layer >= self._depth.tail.start else layer
 
-    def _same_size(self, storage: int, found: int | None) -> int:
+    def _same_size(self, storage: int, place: Place) -> int:
+        found = self._storage_at.get(place)
         if found is None or self._size.get(found) != self._size.get(storage):
-            raise DepthMismatchError("two layers don't hold the same")
+            raise DepthMismatchError(
+                f"layers {self._place[storage][1]} and {place[1]} don't hold the same at {place[2]} of pass"
+                f" {place[0]}"
+            )
         return found
 
     def _of_copy(self, storage: int, copy: int) -> int:
