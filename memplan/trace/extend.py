@@ -176,6 +176,10 @@ class _Extension:
         """The storage that stands to layer `tag` of a copy as `storage` stands to layer `tag`."""
         where, home, what = self._place[storage]
         distance = self._position(home) - self._position(tag)
+        if abs(distance) > self._depth.period:
+            if copy:
+                raise DepthMismatchError("a layer of the template reaches beyond its neighbours")
+            return storage
         target = tag + copy * self._depth.period + distance
         if tag >= self._depth.tail.start or tag < self._depth.template.start or copy == 0:
             target = tag + distance

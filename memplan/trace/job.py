@@ -16,7 +16,7 @@ from memplan.timeline import Timeline
 from memplan.trace.finish import classify, repeat_step
 
 TRACED_STEPS = 2
-"""The first step makes the optimizer's state; from the second on every step does the same."""
+"""The first step makes the optimizer's state; from the second on every step of one process does the same."""
 STEPS = 3
 
 
@@ -30,16 +30,19 @@ def trace_job(
         from memplan.trace.depth import DepthMismatchError
 
         _import_libraries(request)
+        # DistributedDataParallel puts its buckets in another order in the second step
+        steps = TRACED_STEPS if (request.num_processes or 1) == 1 else STEPS
         try:
-            timeline = _run(request, facts, card, TRACED_STEPS, skip_layers=skip_layers)
+            timeline = _run(request, facts, card, steps, skip_layers=skip_layers)
         except DepthMismatchError as error:
-            timeline = _run(request, facts, card, TRACED_STEPS, skip_layers=False)
+            skip_layers = False
+            timeline = _run(request, facts, card, steps, skip_layers=False)
             timeline.facts["depth"] = f"traced at full depth: {error}"
-        repeated = repeat_step(timeline, TRACED_STEPS - 1)
-        if repeated is None:
-            repeated = _run(request, facts, card, STEPS, skip_layers=False)
-        repeated.facts["torch"] = torch.__version__
-    return repeated
+        if steps < STEPS:
+            repeated = repeat_step(timeline, steps - 1)
+            timeline = repeated or _run(request, facts, card, STEPS, skip_layers=skip_layers)
+        timeline.facts["torch"] = torch.__version__
+    return timeline
 
 
 def _run(
