@@ -75,6 +75,7 @@ def request_of(row: Row) -> Request:
         padding="right" if row.get("pad") else "none",
         attention_mask=row.get("mask", True),
         num_processes=processes,
+        ddp_find_unused_parameters=False if processes > 1 else None,  # as measure.py sets it
         cards=(_card(row),) * processes,
         alloc_conf=row.get("alloc_conf"),
         load_in_4bit=four_bit,

@@ -22,9 +22,8 @@ def wrapper(request: Request, recorder: Recorder) -> Iterator[Any]:
     import torch.nn.parallel.distributed as distributed
 
     def wrap(model: nn.Module) -> nn.Module:
-        # Trainer: unused parameters are looked for unless the model checkpoints its activations
-        find_unused = not request.gradient_checkpointing and request.ddp_find_unused_parameters is not False
-        wrapped = distributed.DistributedDataParallel(model, find_unused_parameters=find_unused)
+        find_unused = request.ddp_find_unused_parameters
+        wrapped = distributed.DistributedDataParallel(model, find_unused_parameters=bool(find_unused))
         wrapped.register_comm_hook(None, _keep_bucket)
         return wrapped
 
