@@ -14,6 +14,7 @@ from memplan.request.types import CardSpec, Request
 if TYPE_CHECKING:
     from memplan.allocator import AllocConf
     from memplan.models.types import ModelFacts
+    from memplan.plan.limits import Boundary
     from memplan.timeline import Timeline
 
 VERIFIED = {"torch": ("2.11", "2.13"), "transformers": ("5.17",), "accelerate": ("1.15",), "peft": ("0.21",)}
@@ -25,6 +26,19 @@ ENOUGH = 3
 def estimate(request: Request, *, use_cache: bool = True) -> Estimate:
     """The memory of a job, rank by rank. Raises `MemplanError` for what can't be answered."""
     return _answer(request, use_cache).estimate
+
+
+def boundary(request: Request, *, use_cache: bool = True) -> Boundary:
+    """The least memory that torch must be allowed on rank 0's card for the job to run through.
+
+    Raises `MemplanError` for what can't be answered.
+    """
+    from memplan.plan.limits import boundary_of
+    from memplan.plan.ranks import on_card
+
+    answer = _answer(request, use_cache)
+    card = answer.cards[0] if answer.cards else None
+    return boundary_of(on_card(answer.timeline, card.total_bytes if card else None), answer.conf)
 
 
 def check(request: Request, *, use_cache: bool = True) -> Plan:
