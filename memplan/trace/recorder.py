@@ -33,13 +33,15 @@ class Recorder(TorchDispatchMode):
     """The dispatch mode under which a job is traced; `finish` gives the `Timeline`.
 
     `kernels` replaces an operator by code that allocates as its CUDA kernel does; `workspaces` lists what a
-    kernel allocates and frees within itself; `handles` what it allocates once and keeps.
+    kernel allocates and frees within itself, after its outputs (`workspaces_before`: before them); `handles`
+    what it allocates once and keeps.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.kernels: dict[str, Kernel] = {}
         self.workspaces: dict[str, WorkspaceSizes] = {}
+        self.workspaces_before: dict[str, WorkspaceSizes] = {}
         self.handles: dict[str, Callable[[Recorder, tuple[Any, ...]], None]] = {}
         self.output_order: dict[str, tuple[int, ...]] = {}
         self.stream: Callable[[], int] | None = None
@@ -206,20 +208,28 @@ class Recorder(TorchDispatchMode):
         if self._is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
-        if name in self.handles:
-            self.handles[name](self, args)
         if name == "aten::add" and self.attribution.in_backward:
             out = func(*args, **kwargs)
             self._track_accumulation(out, args)
             return out
         out = self.shadows.run(self, func, name, args, kwargs)
+        before = self.workspaces_before.get(name)
+        if before is not None:
+            self.use(before(args, kwargs, out), name)
         if not self._is_alias(func):
             self._track_outputs(out, name)
+        if name in self.handles:
+            self.handles[name](self, args)
         workspace = self.workspaces.get(name)
         if workspace is not None:
-            for size_bytes in workspace(args, kwargs, out):
-                self.release(self.allocate(size_bytes, name, Category.WORKSPACES), size_bytes)
+            self.use(workspace(args, kwargs, out), name)
         return out
+
+    def use(self, sizes_bytes: list[int], operator: str) -> None:
+        """Buffers that a kernel holds together and frees when it is done."""
+        held = [(self.allocate(size, operator, Category.WORKSPACES), size) for size in sizes_bytes]
+        for storage, size_bytes in held:
+            self.release(storage, size_bytes)
 
     def _is_composite(self, func: Any) -> bool:
         # Inside a kernel, below autograd, operators that are made of others arrive in one piece.

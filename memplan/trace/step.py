@@ -189,7 +189,9 @@ class Steps:
             self._recorder.enter_phase("backward", step)
             if not self._counts_items:
                 loss = loss / len(self._batches)
-            loss.backward()
+            scaled = loss / 1  # Accelerator.backward, whose own accumulation is off
+            scaled.backward()
+            del scaled
         return loss.detach()
 
     def _compute_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:

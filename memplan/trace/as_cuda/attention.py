@@ -41,9 +41,9 @@ def installed(target: CudaTarget, recorder: Recorder) -> Iterator[None]:
     ) -> torch.Tensor:
         if is_autocast_enabled(AUTOCAST_DEVICE):  # it is on autocast's list of lower precision
             low = autocast_dtype(AUTOCAST_DEVICE)
-            query, key, value = query.to(low), key.to(low), value.to(low)
             if attn_mask is not None and attn_mask.is_floating_point():
                 attn_mask = attn_mask.to(low)
+            value, key, query = value.to(low), key.to(low), query.to(low)  # the last argument first
         backend = choose(target, query, key, value, attn_mask, enable_gqa)
         return _RUN[backend](query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 

@@ -23,6 +23,12 @@ CUBLASLT_WORKSPACE_BYTES = 1 * MIB
 
 SORTED_EMBEDDING_ROWS = 3072
 """embedding_dense_backward sorts above this number of indices (ATen/native/cuda/Embedding.cu)."""
+SCAN_BYTES = 1 * KIB
+"""Temporary storage of cub's scan over a vector that one block takes; seen in an H100's history."""
+SMALL_SORT = 4096
+"""Elements up to which torch sorts a row in one block, without buffers (ATen/native/cuda/Sort.cu)."""
+FOREACH_CHUNK = 65536
+"""Elements that one block of a multi-tensor kernel takes: kChunkSize in ATen/native/cuda/MultiTensorApply.cuh."""
 _ROWS_PER_SEGMENT = 10
 """NROWS_PER_THREAD in ATen/native/cuda/EmbeddingBackwardKernel.cu."""
 
@@ -37,9 +43,14 @@ def installed(target: CudaTarget, recorder: Recorder) -> Iterator[None]:
             "aten::_scaled_dot_product_flash_attention_backward": _flash_attention_backward,
             "aten::_scaled_dot_product_efficient_attention_backward": _efficient_attention_backward,
             "aten::embedding_dense_backward": _embedding_backward,
-            "aten::sum": lambda args, kwargs, out: reduction_workspace(target, args, out),
+            "aten::sum": lambda args, kwargs, out: (
+                _converted_input(args, kwargs, out) + reduction_workspace(target, args, out)
+            ),
+            "aten::sort": _sort,
+            "aten::cumsum": lambda args, kwargs, out: [SCAN_BYTES] if args[0].dim() == 1 else [],
         }
     )
+    recorder.workspaces_before["aten::_foreach_norm"] = _foreach_norm
     handles = _CublasHandles(target)
     for name in ("aten::mm", "aten::bmm", "aten::baddbmm", "aten::addmm", "aten::_grouped_mm"):
         recorder.handles[name] = handles.used_by(name)
@@ -101,6 +112,43 @@ def _efficient_attention_backward(args: tuple[Any, ...], kwargs: dict[str, Any],
     """delta, and the fp32 accumulator of dQ (attention_backward.cu)."""
     batch, heads, length, head_dim = args[1].shape
     return [batch * heads * length * 4, batch * heads * length * head_dim * 4]
+
+
+def _converted_input(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[int]:
+    """A sum of booleans or small integers is made on a copy of the input in the type of the result.
+
+    Only half types are widened within the kernel (make_reduction, ATen/native/ReduceOpsUtils.h).
+    """
+    source = args[0]
+    if source.dtype == out.dtype or source.is_floating_point():
+        return []
+    return [source.numel() * out.element_size()]
+
+
+def _sort(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[int]:
+    keys = args[0]
+    if keys.dim() != 1 or keys.numel() <= SMALL_SORT:
+        return []
+    count = keys.numel()
+    return [count * 8, radix_sort_bytes(count, keys.element_size(), keys.element_size() * 8)]
+
+
+def radix_sort_bytes(count: int, key_bytes: int, key_bits: int) -> int:
+    """Temporary storage of cub::DeviceRadixSort over pairs of a key and an 8-byte index.
+
+    A second buffer for both, a histogram of 256 bins of 8 bytes a pass of 8 bits, and counters. Fits 150,016
+    and 137,728 bytes at 8,192 pairs (64 and 14 bits) in the allocator history of an H100.
+    """
+    passes = -(-key_bits // 8)
+    return count * (key_bytes + 8) + passes * 256 * 8 + -(-count // 4096) * 1024 + 512
+
+
+def _foreach_norm(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[int]:
+    """A partial norm a chunk, as many for each tensor as for the largest (ForeachReduceOp.cu)."""
+    tensors = args[0]
+    chunks = max((-(-t.numel() // FOREACH_CHUNK) for t in tensors), default=0)
+    width = 8 if any(t.dtype == torch.float64 for t in tensors) else 4
+    return [len(tensors) * chunks * width]
 
 
 def _embedding_backward(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[int]:
