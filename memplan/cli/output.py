@@ -76,7 +76,8 @@ class Output:
         else:
             from memplan.report.text import is_plain, wants_color
 
-            self._data(render_probe(probe, color=wants_color(self.stdout), plain=is_plain(self.stdout)))
+            color, plain = wants_color(self.stdout), is_plain(self.stdout)
+            self._data(render_probe(probe, width=_width(self.stdout), color=color, plain=plain))
 
     def redraw(self) -> None:
         """Begin again at the top of a terminal; elsewhere one answer follows the other."""

@@ -54,9 +54,8 @@ def show(output: Output, /, watch: float | None, **_: object) -> int:
     from memplan.gpus.probe import probe
 
     found = probe()
-    if watch is not None:
-        output.indent = None
     while watch is not None:
+        output.indent = None
         output.redraw()
         output.probe(found)
         time.sleep(watch)

@@ -176,7 +176,7 @@ def remarks(card: ProbedCard) -> tuple[str, ...]:
         said.append("this user may not see its processes")
     hidden = known(card.hidden_bytes)
     if hidden and not card.slices:
-        said.append("memory is in use by processes that are not seen from here, as from inside a container")
+        said.append("some memory is held by no process that is seen from here: a container hides the others'")
     return tuple(said)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from memplan.gpus.nvml import FUNCTION_NOT_FOUND, Nvml, Unknown, derived
 from memplan.names import printable
 
-_SECRET = re.compile(r"(?i)(\S*(?:token|password|secret|api_?key)[=\s])\S+|\bhf_\w{8,}")
+_SECRET = re.compile(r"(?i)(\S*(?:token|password|secret|api[-_]?key)[=\s])\S+|\bhf_\w{8,}")
 """What a command line may hold that must not be shown: values of such options, and hub tokens."""
 _OUTSIDE = Unknown("the process is outside this container")
 

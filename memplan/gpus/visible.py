@@ -36,8 +36,8 @@ def ordinals(devices: Sequence[Device], environment: Mapping[str, str]) -> dict[
         taken = _whole_list(devices, cards)
     else:
         taken = _listed(devices, wanted)
-    numbered = wanted is None or any(_is_index(entry.strip()) for entry in wanted.split(","))
-    if len(taken) > 0 and numbered and not _order_is_known(devices, environment):
+    by_order = wanted is None or any(_is_index(entry.strip()) for entry in wanted.split(","))
+    if taken and by_order and not _order_is_known(devices, environment):
         return Unknown(
             "CUDA puts its fastest card first; CUDA_DEVICE_ORDER=PCI_BUS_ID would settle the order"
         )
@@ -51,7 +51,10 @@ def visible(devices: Sequence[Device], environment: Mapping[str, str]) -> list[i
 
 
 def _order_is_known(devices: Sequence[Device], environment: Mapping[str, str]) -> bool:
-    names = {device.name for device in devices if device.slice_of is None}
+    """By the variable, or because the cards are alike; of cards beside one that is split none counts."""
+    split = {device.slice_of for device in devices if device.slice_of is not None}
+    competing = split if split and "CUDA_VISIBLE_DEVICES" not in environment else range(len(devices))
+    names = {devices[i].name for i in competing if devices[i].slice_of is None}
     return environment.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or (len(names) == 1 and None not in names)
 
 

@@ -7,14 +7,18 @@ from dataclasses import is_dataclass
 from typing import Any
 
 from memplan.gpus.links import Link
-from memplan.gpus.nvml import Unknown, known
+from memplan.gpus.nvml import Unknown, derived, known
 from memplan.gpus.probe import Probe, ProbedCard, remarks
 from memplan.report.text import clean_line, to_ascii
 from memplan.units import GIB, format_bytes
 
 UNKNOWN = "unknown"
 _BOLD, _DIM = "1", "2"
-_HEAD = ("GPU", "CUDA", "", "total", "torch sees", "used", "free", "compute", "bf16", "fp8", "ECC")
+_MEMORY = ("GPU", "CUDA", "", "total", "torch sees", "used", "free")
+_IDENTITY = ("", "compute", "bf16", "fp8", "ECC", "", "UUID")
+_LEAST_COMMAND = 20
+_Units = Sequence[tuple[ProbedCard, ProbedCard]]
+"""Each card with itself and with each of its slices."""
 
 
 def probe_to_dict(probe: Probe) -> dict[str, Any]:
@@ -31,23 +35,24 @@ def probe_to_dict(probe: Probe) -> dict[str, Any]:
 
 
 def probe_to_gpus(probe: Probe) -> str:
-    """What `--gpus` takes for the cards that can be seen, rounded down; `unknown` for a card without a size."""
+    """What `--gpus` takes for the cards that can be seen, rounded down; `unknown` where there is no size."""
     sizes = (known(card.torch_total_bytes) for card in probe.visible)
     return ",".join(UNKNOWN if size is None else f"{size * 100 // GIB / 100:.2f}GiB" for size in sizes)
 
 
-def render_probe(probe: Probe, *, color: bool = False, plain: bool = False) -> str:
-    """A table of the cards, then what stands beside it: processes, links, remarks."""
+def render_probe(probe: Probe, *, width: int = 80, color: bool = False, plain: bool = False) -> str:
+    """A table of the cards, then what stands beside it: what they are, processes, links, remarks."""
     lines = [_styled(f"Driver {_word(probe.driver)}, CUDA up to {_word(probe.cuda)}", _DIM, color)]
-    lines += [
-        _styled(f"{name}={clean_line(value)}", _DIM, color) for name, value in probe.environment.items()
-    ]
-    table = _columns([_HEAD, *(row for card in probe.cards for row in _rows(card))], left=(2,))
-    lines += ["", _styled(table[0], _BOLD, color), *table[1:]]
-    lines += _section("Identity", _columns(list(_identities(probe)), left=(0, 1, 2, 3)), color)
-    lines += _section("Processes", _columns(list(_processes(probe)), left=(0, 2, 3)), color)
+    environment = (f"{name}={clean_line(value)}" for name, value in probe.environment.items())
+    lines += [_styled(line, _DIM, color) for line in environment]
+    units = [(card, each) for card in probe.cards for each in (card, *card.slices)]
+    table = _columns([_MEMORY, *(_memory(each) for _, each in units)], left=(2,))
+    lines += ["", _styled(table[0], _BOLD, color), *table[1:], ""]
+    table = _columns([_IDENTITY, *(_identity(card, each) for card, each in units)], left=(0, 5, 6))
+    lines += [_styled(table[0], _BOLD, color), *table[1:]]
+    lines += _section("Processes", _columns(list(_processes(units, width)), left=(0, 2, 3)), color)
     lines += _section("Links", [_link(link) for link in probe.links], color)
-    lines += _section("To know", list(_remarks(probe)), color)
+    lines += _section("To know", list(_remarks(units)), color)
     text = "\n".join(line.rstrip() for line in lines)
     return to_ascii(text) if plain else text
 
@@ -73,61 +78,55 @@ def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
-def _rows(card: ProbedCard) -> Iterator[Sequence[str]]:
-    for each in (card, *card.slices):
-        torch_total = _size(each.torch_total_bytes)
-        is_estimate = not each.torch_total_seen and torch_total != UNKNOWN
-        yield (
-            "" if each.index is None else str(each.index),
-            "hidden" if each.ordinal is None else _word(each.ordinal),
-            clean_line(_word(each.name)),
-            _size(each.total_bytes),
-            f"~{torch_total}" if is_estimate else torch_total,
-            _size(each.used_bytes),
-            _size(each.free_bytes),
-            UNKNOWN
-            if isinstance(each.compute_capability, Unknown)
-            else "{}.{}".format(*each.compute_capability),
-            _yes(each.bf16),
-            _yes(each.fp8),
-            _yes(each.ecc),
-        )
+def _memory(each: ProbedCard) -> Sequence[str]:
+    torch_total = _size(each.torch_total_bytes)
+    is_estimate = not each.torch_total_seen and torch_total != UNKNOWN
+    return (
+        "" if each.index is None else str(each.index),
+        "hidden" if each.ordinal is None else _word(each.ordinal),
+        clean_line(_word(each.name)).removeprefix("NVIDIA "),
+        _size(each.total_bytes),
+        f"~{torch_total}" if is_estimate else torch_total,
+        _size(each.used_bytes),
+        _size(each.free_bytes),
+    )
 
 
-def _identities(probe: Probe) -> Iterator[Sequence[str]]:
-    for card in probe.cards:
-        for each in (card, *card.slices):
-            kind = known(each.virtualization)
-            yield (
-                _name(card, each),
-                _word(each.uuid),
-                _word(each.pci_bus_id),
-                "MIG on" if each.mig else kind if kind not in (None, "none") else "",
-            )
+def _identity(card: ProbedCard, each: ProbedCard) -> Sequence[str]:
+    kind = known(each.virtualization)
+    return (
+        _name(card, each),
+        _word(derived(lambda pair: f"{pair[0]}.{pair[1]}", each.compute_capability)),
+        _yes(each.bf16),
+        _yes(each.fp8),
+        _yes(each.ecc),
+        "MIG on" if each.mig else kind if kind not in (None, "none") else "",
+        clean_line(_word(each.uuid)),
+    )
 
 
-def _processes(probe: Probe) -> Iterator[Sequence[str]]:
-    for card in probe.cards:
-        for each in (card, *card.slices):
-            if isinstance(each.processes, Unknown):
-                yield _name(card, each), "", "", f"unknown: {each.processes.reason}", ""
-                continue
-            for process in each.processes:
-                used, command = _size(process.used_bytes), clean_line(_word(process.command))
-                yield _name(card, each), str(process.pid), clean_line(_word(process.user)), command, used
-            hidden = known(each.hidden_bytes)
-            if hidden and not each.slices:
-                yield _name(card, each), "", "", "not seen from here", _size(hidden)
+def _processes(units: _Units, width: int) -> Iterator[Sequence[str]]:
+    room = max(width - 48, _LEAST_COMMAND)
+    for card, each in units:
+        name = _name(card, each)
+        if isinstance(each.processes, Unknown):
+            yield name, "", "", f"unknown: {each.processes.reason}", ""
+            continue
+        for process in each.processes:
+            command, user = clean_line(_word(process.command)), clean_line(_word(process.user))
+            shown = command if len(command) <= room else command[: room - 1] + "…"
+            yield name, str(process.pid), user, shown, _size(process.used_bytes)
+        hidden = known(each.hidden_bytes)
+        if hidden and not each.slices:
+            yield name, "", "", "not seen from here", _size(hidden)
 
 
-def _remarks(probe: Probe) -> Iterator[str]:
-    for card in probe.cards:
-        for each in (card, *card.slices):
-            yield from (f"{_name(card, each)}: {remark}" for remark in remarks(each))
-    shown = [each for card in probe.cards for each in (card, *card.slices)]
-    if any(not each.torch_total_seen and known(each.torch_total_bytes) for each in shown):
-        yield "~: estimated; the difference between the driver's total and torch's was not seen on this model"
-    reasons = dict.fromkeys(each.ordinal.reason for each in shown if isinstance(each.ordinal, Unknown))
+def _remarks(units: _Units) -> Iterator[str]:
+    for card, each in units:
+        yield from (f"{_name(card, each)}: {remark}" for remark in remarks(each))
+    if any(not each.torch_total_seen and known(each.torch_total_bytes) for _, each in units):
+        yield "~ is an estimate: torch's total was not seen on this model"
+    reasons = dict.fromkeys(each.ordinal.reason for _, each in units if isinstance(each.ordinal, Unknown))
     yield from (f"CUDA's numbers are unknown: {reason}" for reason in reasons)
 
 
