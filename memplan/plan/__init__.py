@@ -123,7 +123,10 @@ def _answer(request: Request, use_cache: bool, facts: ModelFacts | None = None) 
         ranks=tuple(ranks),
         facts={**timeline.facts, "source": facts.source, "name": facts.name},
         versions=library_versions(),
-        notes=(*notes, *facts.notes, *timeline.facts.get("notes", ()), *_version_notes(), *_card_notes(cards, resolved)),
+        notes=(
+            *notes, *facts.notes, *timeline.facts.get("notes", ()),
+            *_version_notes(), *_card_notes(cards, resolved), *_host_notes(resolved, timeline),
+        ),  # fmt: skip
         seconds=time.perf_counter() - started,
     )
     return _Answer(result, timeline, cards, conf, facts, cached, length_warnings(resolved, position_limit=limit))
@@ -211,6 +214,17 @@ def _version_notes() -> tuple[str, ...]:
         if checked and not any(version.startswith(v + ".") for v in checked):
             notes.append(f"{name} {version} is not among the versions compared with measured runs ({', '.join(checked)})")
     return tuple(notes)
+
+
+def _host_notes(request: Request, timeline: Timeline) -> tuple[str, ...]:
+    """Of this machine, where the job would run on its cards; of another one nothing is known."""
+    origin = request.origins.get("cards")
+    if origin is None or origin.stated:
+        return ()
+    from memplan.plan.host import host, host_notes
+
+    weight_bytes = int(timeline.facts.get("weight_bytes", 0))
+    return host_notes(host(), weight_bytes=weight_bytes, processes=request.num_processes or 1)
 
 
 def _card_notes(cards: tuple[CardSpec, ...], request: Request) -> tuple[str, ...]:
