@@ -1,8 +1,8 @@
 """From a measured row to the request that describes it, and the prediction for that request.
 
-The rows' fields are explained in the README beside the measurements; `tests/measured/*.jsonl` hold them. A row
-with `passes_at_mib` is of a boundary: the least memory cap under which the steps passed, and the largest under
-which they failed.
+The rows' fields are explained in the README beside the measurements; `tests/measured/*.jsonl` hold them. A
+row with `passes_at_mib` is of a boundary: the least memory cap under which the steps passed, and the largest
+under which they failed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _NEUTRAL = {
     "status", "error", "traceback", "stats_error", "peak_allocated", "peak_reserved",
     "train_peak_allocated", "train_peak_reserved", "load_peak_allocated", "device_used_bytes",
     "seconds", "step_seconds", "steps", "solo", "snapshot", "need_gib", "fails_at_mib", "passes_at_mib",
-    "trials", "below", "above", "predicted_boundary_bytes",
+    "trials", "runs", "predicted_boundary_bytes", "predicted_range_bytes",
 }  # fmt: skip
 """What was measured, and how: nothing that a request says."""
 

@@ -108,9 +108,7 @@ def _answer(request: Request, use_cache: bool, facts: ModelFacts | None = None) 
     resolved = resolve_defaults(request, checkpoint_dtype=facts.checkpoint_dtype, position_limit=limit)
     validate(resolved)
     cards = _cards_of_ranks(resolved)
-    timeline, cached, notes = cached_trace(
-        resolved, facts, cards[0] if cards else None, use_cache=use_cache
-    )
+    timeline, cached, notes = cached_trace(resolved, facts, cards[0] if cards else None, use_cache=use_cache)
     ranks = []
     known: dict[CardSpec | None, Any] = {}
     for rank in range(resolved.num_processes or 1):
@@ -124,12 +122,18 @@ def _answer(request: Request, use_cache: bool, facts: ModelFacts | None = None) 
         facts={**timeline.facts, "source": facts.source, "name": facts.name},
         versions=library_versions(),
         notes=(
-            *notes, *facts.notes, *timeline.facts.get("notes", ()),
-            *_version_notes(), *_card_notes(cards, resolved), *_host_notes(resolved, timeline),
-        ),  # fmt: skip
+            *notes,
+            *facts.notes,
+            *timeline.facts.get("notes", ()),
+            *_version_notes(),
+            *_card_notes(cards, resolved),
+            *_host_notes(resolved, timeline),
+        ),
         seconds=time.perf_counter() - started,
     )
-    return _Answer(result, timeline, cards, conf, facts, cached, length_warnings(resolved, position_limit=limit))
+    return _Answer(
+        result, timeline, cards, conf, facts, cached, length_warnings(resolved, position_limit=limit)
+    )
 
 
 def _cards_of_ranks(request: Request) -> tuple[CardSpec, ...]:
@@ -212,7 +216,9 @@ def _version_notes() -> tuple[str, ...]:
     for name, version in library_versions().items():
         checked = VERIFIED.get(name)
         if checked and not any(version.startswith(v + ".") for v in checked):
-            notes.append(f"{name} {version} is not among the versions compared with measured runs ({', '.join(checked)})")
+            notes.append(
+                f"{name} {version} is not among the versions compared with measured runs ({', '.join(checked)})"
+            )
     return tuple(notes)
 
 
