@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,13 +46,14 @@ SLICE = f"slice\t0\tNVIDIA A100-SXM4-40GB MIG 1g.5gb\tMIG-dddddddd-4\t{4864 * MI
 @pytest.fixture(scope="session")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The stand-in as a driver of today, and as one that lacks what came after 2020."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler to build the stand-in with")
     built = {}
     for name, flags in (("new", []), ("old", ["-DOLD"])):
         directory = tmp_path_factory.mktemp(name)
         library = directory / "libnvidia-ml.so.1"
-        subprocess.run(
-            ["gcc", "-Wall", "-Werror", "-shared", "-fPIC", *flags, "-o", library, SOURCE], check=True
-        )
+        subprocess.run([compiler, "-shared", "-fPIC", *flags, "-o", library, SOURCE], check=True)
         built[name] = directory
     return built
 

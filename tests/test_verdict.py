@@ -70,8 +70,10 @@ def test_what_others_hold_is_subtracted() -> None:
     made, total = timeline((0, 1000)), H100_BYTES + 1000 * MIB + GIB
     assert verdict(made, card(total, used=GIB))[:2] == (
         "fits",
-        "takes 0.98 GiB reserved + 0.75 GiB CUDA context + 1.00 GiB of other processes"
-        + " = 2.73 GiB of 2.73 GiB",
+        (
+            "takes 0.98 GiB reserved + 0.75 GiB CUDA context + 1.00 GiB of other processes "
+            "= 2.73 GiB of 2.73 GiB"
+        ),
     )
     found, reason, failure = verdict(made, card(total, used=GIB + MIB), weights=1000 * MIB)
     assert (found, reason) == (

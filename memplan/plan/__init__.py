@@ -57,7 +57,7 @@ def check(request: Request, *, use_cache: bool = True) -> Plan:
     from memplan.plan.verdict import judge
 
     verdict, reason, failure = judge(answer.estimate, answer.timeline, answer.cards, answer.conf)
-    found = ()
+    found: tuple[Alternative, ...] = ()
     if verdict == "does not fit":
         found = _alternatives(answer, use_cache)
     return Plan(
