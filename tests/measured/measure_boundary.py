@@ -36,7 +36,7 @@ class Search:
     def __init__(self, case: dict[str, Any]) -> None:
         self.case = case
         predicted = case["predicted_boundary_bytes"]
-        self.pending = [int(predicted * (1 - MARGIN)), int(predicted * (1 + MARGIN))]
+        self.pending = [round(predicted * (1 - MARGIN)), round(predicted * (1 + MARGIN))]
         self.below, self.above = self.pending
         self.runs: list[dict[str, Any]] = []
 
