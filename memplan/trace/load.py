@@ -249,7 +249,12 @@ def _can_be_built(facts: ModelFacts) -> Iterator[None]:
                 hint="memplan check plans causal language models",
                 exit_code=ExitCode.UNKNOWN,
             ) from error
-        raise
+        raise MemplanError(
+            "model-refuses",
+            f"transformers refuses to build `{facts.name}` this way",
+            context=_one_line(error),
+            hint="another `--attn_implementation` may do, such as `eager`",
+        ) from error
     except (RuntimeError, TypeError, KeyError, AttributeError, AssertionError) as error:
         raise MemplanError(
             "model-not-built",
