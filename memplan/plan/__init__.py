@@ -14,6 +14,7 @@ from memplan.request.types import CardSpec, Request
 if TYPE_CHECKING:
     from memplan.allocator import AllocConf
     from memplan.models.types import ModelFacts
+    from memplan.plan.limits import Boundary
     from memplan.timeline import Timeline
 
 VERIFIED = {"torch": ("2.11", "2.13"), "transformers": ("5.17",), "accelerate": ("1.15",), "peft": ("0.21",)}
@@ -25,6 +26,19 @@ ENOUGH = 3
 def estimate(request: Request, *, use_cache: bool = True) -> Estimate:
     """The memory of a job, rank by rank. Raises `MemplanError` for what can't be answered."""
     return _answer(request, use_cache).estimate
+
+
+def boundary(request: Request, *, use_cache: bool = True) -> Boundary:
+    """The least memory that torch must be allowed on rank 0's card for the job to run through.
+
+    Raises `MemplanError` for what can't be answered.
+    """
+    from memplan.plan.limits import boundary_of
+    from memplan.plan.ranks import on_card
+
+    answer = _answer(request, use_cache)
+    card = answer.cards[0] if answer.cards else None
+    return boundary_of(on_card(answer.timeline, card.total_bytes if card else None), answer.conf)
 
 
 def check(request: Request, *, use_cache: bool = True) -> Plan:
@@ -43,7 +57,7 @@ def check(request: Request, *, use_cache: bool = True) -> Plan:
     from memplan.plan.verdict import judge
 
     verdict, reason, failure = judge(answer.estimate, answer.timeline, answer.cards, answer.conf)
-    found = ()
+    found: tuple[Alternative, ...] = ()
     if verdict == "does not fit":
         found = _alternatives(answer, use_cache)
     return Plan(
@@ -94,9 +108,7 @@ def _answer(request: Request, use_cache: bool, facts: ModelFacts | None = None) 
     resolved = resolve_defaults(request, checkpoint_dtype=facts.checkpoint_dtype, position_limit=limit)
     validate(resolved)
     cards = _cards_of_ranks(resolved)
-    timeline, cached, notes = cached_trace(
-        resolved, facts, cards[0] if cards else None, use_cache=use_cache
-    )
+    timeline, cached, notes = cached_trace(resolved, facts, cards[0] if cards else None, use_cache=use_cache)
     ranks = []
     known: dict[CardSpec | None, Any] = {}
     for rank in range(resolved.num_processes or 1):
@@ -109,10 +121,19 @@ def _answer(request: Request, use_cache: bool, facts: ModelFacts | None = None) 
         ranks=tuple(ranks),
         facts={**timeline.facts, "source": facts.source, "name": facts.name},
         versions=library_versions(),
-        notes=(*notes, *facts.notes, *timeline.facts.get("notes", ()), *_version_notes(), *_card_notes(cards, resolved)),
+        notes=(
+            *notes,
+            *facts.notes,
+            *timeline.facts.get("notes", ()),
+            *_version_notes(),
+            *_card_notes(cards, resolved),
+            *_host_notes(resolved, timeline),
+        ),
         seconds=time.perf_counter() - started,
     )
-    return _Answer(result, timeline, cards, conf, facts, cached, length_warnings(resolved, position_limit=limit))
+    return _Answer(
+        result, timeline, cards, conf, facts, cached, length_warnings(resolved, position_limit=limit)
+    )
 
 
 def _cards_of_ranks(request: Request) -> tuple[CardSpec, ...]:
@@ -195,8 +216,21 @@ def _version_notes() -> tuple[str, ...]:
     for name, version in library_versions().items():
         checked = VERIFIED.get(name)
         if checked and not any(version.startswith(v + ".") for v in checked):
-            notes.append(f"{name} {version} is not among the versions compared with measured runs ({', '.join(checked)})")
+            notes.append(
+                f"{name} {version} is not among the versions compared with measured runs ({', '.join(checked)})"
+            )
     return tuple(notes)
+
+
+def _host_notes(request: Request, timeline: Timeline) -> tuple[str, ...]:
+    """Of this machine, where the job would run on its cards; of another one nothing is known."""
+    origin = request.origins.get("cards")
+    if origin is None or origin.stated:
+        return ()
+    from memplan.plan.host import host, host_notes
+
+    weight_bytes = int(timeline.facts.get("weight_bytes", 0))
+    return host_notes(host(), weight_bytes=weight_bytes, processes=request.num_processes or 1)
 
 
 def _card_notes(cards: tuple[CardSpec, ...], request: Request) -> tuple[str, ...]:

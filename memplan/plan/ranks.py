@@ -82,11 +82,24 @@ def phase_uses(timeline: Timeline, replayed: Replay) -> dict[str, PhaseUse]:
 
 
 def failure_under(
-    timeline: Timeline, *, rank: int, card: CardSpec, capacity_bytes: int, conf: AllocConf
+    timeline: Timeline,
+    *,
+    rank: int,
+    card: CardSpec,
+    capacity_bytes: int,
+    conf: AllocConf,
+    layout: Layout = LAYOUTS[0],
 ) -> Failure | None:
     """Where the job runs out when torch may take `capacity_bytes` of the card; None where it doesn't."""
     placed = on_card(timeline, card.total_bytes)
-    failed = replay(placed, capacity_bytes=max(capacity_bytes, 0), conf=conf).failure
+    fraction = conf.per_process_memory_fraction
+    failed = replay(
+        placed,
+        capacity_bytes=max(capacity_bytes, 0),
+        allowed_bytes=int(fraction * card.total_bytes) if fraction < 1 else None,
+        conf=conf,
+        layout=layout,
+    ).failure
     if failed is None:
         return None
     event = failed.event
@@ -100,7 +113,8 @@ def failure_under(
         requested_bytes=failed.requested_bytes,
         allocated_bytes=failed.allocated_bytes,
         reserved_bytes=failed.reserved_bytes,
-        capacity_bytes=capacity_bytes,
+        capacity_bytes=min(capacity_bytes, failed.limit_bytes),
+        total_bytes=card.total_bytes,
     )
 
 
