@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from memplan.gpus.nvml import Unknown, derived, known
-from memplan.gpus.processes import has_device_open, shares_numbers
+from memplan.gpus.processes import shares_numbers
 from memplan.gpus.visible import Device, ordinals, visible
 from memplan.units import GIB, MIB
 
@@ -155,20 +155,6 @@ def test_a_command_line_is_shown_without_its_secrets(machine: Machine) -> None:
     assert "time.sleep" in shown
     for secret in ("s3cr3t", "hf_abc", "\x1b"):
         assert secret not in shown
-
-
-def test_in_a_container_a_number_counts_only_with_the_device_open(tmp_path: Path) -> None:
-    for pid, target in ((7, "/dev/nvidiactl"), (8, "/dev/null")):
-        (tmp_path / f"proc/{pid}/fd").mkdir(parents=True)
-        (tmp_path / f"proc/{pid}/fd/3").symlink_to(target)
-    assert [has_device_open(pid, tmp_path) for pid in (7, 8, 9)] == [True, False, False]
-    (tmp_path / "proc/self/ns").mkdir(parents=True)
-    namespace = tmp_path / "proc/self/ns/pid"
-    for target, is_shared in (("pid:[4026531836]", True), ("pid:[4026532501]", False)):
-        namespace.symlink_to(target)
-        assert shares_numbers(tmp_path) is is_shared
-        namespace.unlink()
-    assert shares_numbers(tmp_path) is False
 
 
 def test_what_torch_may_take_leaves_out_the_drivers_share_once(machine: Machine) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 from memplan.request.types import Request
 
-
 UNFRAGMENTED = "expandable_segments:True"
 """What torch's own message advises where much is reserved and unallocated."""
 
