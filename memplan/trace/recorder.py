@@ -53,6 +53,7 @@ class Recorder(TorchDispatchMode):
         self._category: list[int] = []
         self._owner: dict[int, int] = {}
         self._alive: dict[int, tuple[weakref.ref[Any], list[int]]] = {}
+        self._ignored: dict[int, weakref.ref[Any]] = {}
         self._phase_index: dict[Phase, int] = {}
         self._operator_index: dict[str, int] = {}
         self._aliases: dict[Any, bool] = {}
@@ -158,6 +159,8 @@ class Recorder(TorchDispatchMode):
             return None
         storage = tensor.untyped_storage()
         key = storage._cdata
+        if key in self._ignored:
+            return None
         known = self._alive.get(key)
         size_bytes = storage.nbytes()
         if known is not None and known[0]() is storage:
@@ -177,6 +180,12 @@ class Recorder(TorchDispatchMode):
         self._category.append(Category.GRADIENTS)
         self._watch(storage, [number, storage.nbytes()])
         return number
+
+    def ignore(self, tensor: torch.Tensor) -> None:
+        """A meta tensor that stands for host memory."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        self._ignored[key] = weakref.ref(storage, lambda _: self._ignored.pop(key, None))
 
     def _watch(self, storage: torch.UntypedStorage, state: list[int]) -> None:
         key = storage._cdata

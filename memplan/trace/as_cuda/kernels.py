@@ -24,6 +24,7 @@ def installed(target: CudaTarget, recorder: Recorder) -> Iterator[None]:
         recorder.kernels["aten::_grouped_mm"] = _with_group_buffers(target, recorder)
     with patches() as patch:
         patch.set(F, "dropout", _dropout)
+        recorder.output_order["aten::native_dropout"] = (1, 0)  # the mask first (dropout_cuda, Dropout.cu)
         yield
 
 

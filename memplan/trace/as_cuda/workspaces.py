@@ -23,6 +23,8 @@ CUBLASLT_WORKSPACE_BYTES = 1 * MIB
 
 SORTED_EMBEDDING_ROWS = 3072
 """embedding_dense_backward sorts above this number of indices (ATen/native/cuda/Embedding.cu)."""
+SORT_TILE = 2048
+"""Pairs that one block of cub's radix sort takes, without temporary storage; seen at 2,048, not at 3,600."""
 SCAN_BYTES = 1 * KIB
 """Temporary storage of cub's scan over a vector that one block takes; seen in an H100's history."""
 SMALL_SORT = 4096
@@ -46,6 +48,10 @@ def installed(target: CudaTarget, recorder: Recorder) -> Iterator[None]:
             "aten::sum": lambda args, kwargs, out: (
                 _converted_input(args, kwargs, out) + reduction_workspace(target, args, out)
             ),
+            "aten::mm": _copied_operands,
+            "aten::addmm": _copied_operands,
+            "aten::bmm": _copied_operands,
+            "aten::baddbmm": _copied_operands,
             "aten::sort": _sort,
             "aten::cumsum": lambda args, kwargs, out: [SCAN_BYTES] if args[0].dim() == 1 else [],
         }
@@ -60,7 +66,8 @@ def installed(target: CudaTarget, recorder: Recorder) -> Iterator[None]:
 class _CublasHandles:
     """A cuBLAS handle takes its workspace at its first GEMM and keeps it; each thread has its own handles.
 
-    The autograd engine runs backward in a thread of its own. A GEMM with a bias goes through cuBLASLt.
+    The autograd engine runs backward in a thread of its own. A GEMM with a bias goes through cuBLASLt, whose
+    handle is the cuBLAS handle of the thread: first its own workspace is made, then that one's.
     """
 
     def __init__(self, target: CudaTarget) -> None:
@@ -72,12 +79,14 @@ class _CublasHandles:
         light = name == "aten::addmm"
 
         def use(recorder: Recorder, args: tuple[Any, ...]) -> None:
-            key = (light, recorder.phase.name == "backward")
-            if key in self._seen:
-                return
-            self._seen.add(key)
-            size_bytes = CUBLASLT_WORKSPACE_BYTES if light else self._cublas_bytes
-            recorder.allocate(size_bytes, "cublas_workspace", Category.WORKSPACES)
+            backward = recorder.phase.name == "backward"
+            wanted = [(False, self._cublas_bytes)]
+            if light:
+                wanted.insert(0, (True, CUBLASLT_WORKSPACE_BYTES))
+            for kind, size_bytes in wanted:
+                if (kind, backward) not in self._seen:
+                    self._seen.add((kind, backward))
+                    recorder.allocate(size_bytes, "cublas_workspace", Category.WORKSPACES)
 
         return use
 
@@ -114,6 +123,20 @@ def _efficient_attention_backward(args: tuple[Any, ...], kwargs: dict[str, Any],
     return [batch * heads * length * 4, batch * heads * length * head_dim * 4]
 
 
+def _copied_operands(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[int]:
+    """Matrices that BLAS can't read where they lie are copied first (prepare_matrix_for_cublas, Blas.cpp)."""
+    matrices = [t for t in args[-2:] if isinstance(t, torch.Tensor)]
+    return [t.numel() * t.element_size() for t in matrices if not _readable(t)]
+
+
+def _readable(matrix: torch.Tensor) -> bool:
+    rows, columns = matrix.shape[-2:]
+    down, along = matrix.stride()[-2:]
+    if down == 1 and along >= max(1, rows) or along == 1 and down >= max(1, columns):
+        return True
+    return matrix.is_contiguous() and down != 0 and along != 0
+
+
 def _converted_input(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[int]:
     """A sum of booleans or small integers is made on a copy of the input in the type of the result.
 
@@ -127,9 +150,11 @@ def _converted_input(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
 
 def _sort(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[int]:
     keys = args[0]
-    if keys.dim() != 1 or keys.numel() <= SMALL_SORT:
+    if keys.dim() != 1:
         return []
     count = keys.numel()
+    if count <= SMALL_SORT:
+        return [count * 8]
     return [count * 8, radix_sort_bytes(count, keys.element_size(), keys.element_size() * 8)]
 
 
@@ -139,6 +164,8 @@ def radix_sort_bytes(count: int, key_bytes: int, key_bits: int) -> int:
     A second buffer for both, a histogram of 256 bins of 8 bytes a pass of 8 bits, and counters. Fits 150,016
     and 137,728 bytes at 8,192 pairs (64 and 14 bits) in the allocator history of an H100.
     """
+    if count <= SORT_TILE:
+        return 1
     passes = -(-key_bits // 8)
     return count * (key_bytes + 8) + passes * 256 * 8 + -(-count // 4096) * 1024 + 512
 
