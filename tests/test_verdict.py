@@ -11,11 +11,12 @@ from plans import estimate, founding_request
 from memplan.allocator import AllocConf
 from memplan.estimate import Failure
 from memplan.gpus.context import H100_BYTES, LEAST_SEEN_BYTES, context, non_torch_bytes
+from memplan.plan.alternatives import as_options, changes
 from memplan.plan.host import Host, host, host_notes
 from memplan.plan.ranks import estimate_rank
 from memplan.plan.verdict import capacity_bytes, judge
-from memplan.report.words import torch_message
-from memplan.request.types import CardSpec
+from memplan.report.words import change_text, torch_message
+from memplan.request.types import CardSpec, Request
 from memplan.timeline import Kind, Phase, Timeline
 from memplan.units import GIB, KIB, MIB
 
@@ -118,6 +119,21 @@ def test_a_failure_by_fragmentation_says_so() -> None:
     )
     whole = verdict(made, card(H100_BYTES + 500 * MIB), conf=AllocConf.parse("expandable_segments:True"))
     assert whole[0] == "fits"
+
+
+def test_fragments_are_answered_by_the_allocators_settings_first() -> None:
+    first = next(changes(Request(model="m", use_peft=True), is_fragmented=True))
+    assert first == {"alloc_conf": "expandable_segments:True"}
+    assert as_options(first) == change_text(first) == "PYTORCH_ALLOC_CONF=expandable_segments:True"
+    collected = Request(model="m", alloc_conf="garbage_collection_threshold:0.8")
+    assert next(changes(collected, is_fragmented=True)) == {
+        "alloc_conf": "garbage_collection_threshold:0.8,expandable_segments:True"
+    }
+    for request, is_fragmented in (
+        (replace(collected, alloc_conf="expandable_segments:True"), True),
+        (collected, False),
+    ):
+        assert all("alloc_conf" not in change for change in changes(request, is_fragmented=is_fragmented))
 
 
 def test_a_failure_by_capacity_says_so() -> None:

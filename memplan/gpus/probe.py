@@ -316,5 +316,12 @@ def _spec(card: ProbedCard) -> CardSpec:
         compute_capability=known(card.compute_capability),
         total_known="probed" if card.torch_total_seen else "estimated",
         multiprocessor_count=card.multiprocessor_count,
-        used_bytes=used,
+        used_bytes=_others_bytes(card, total, used),
     )
+
+
+def _others_bytes(card: ProbedCard, total: int, used: int) -> int:
+    """What others hold of what torch sees; drivers before 510 count their own share as used too."""
+    if isinstance(card.reserved_bytes, Unknown) and isinstance(card.free_bytes, int):
+        return max(total - card.free_bytes, 0)
+    return used

@@ -11,6 +11,9 @@ from typing import Any
 from memplan.gpus.nvml import FUNCTION_NOT_FOUND, Nvml, Unknown, derived
 from memplan.names import printable
 
+_ROOT = Path("/")
+_INITIAL_NAMESPACE = 0xEFFFFFFC
+"""`PROC_PID_INIT_INO`, include/linux/proc_ns.h of Linux."""
 _SECRET = re.compile(r"(?i)(\S*(?:token|password|secret|api[-_]?key)[=\s])\S+|\bhf_\w{8,}")
 """What a command line may hold that must not be shown: values of such options, and hub tokens."""
 _OUTSIDE = Unknown("the process is outside this container")
@@ -54,12 +57,32 @@ def _ask(nvml: Nvml, kind: str, handle: Any) -> Any:
 
 
 def _process(pid: int, used: int | None) -> Process:
+    is_here = shares_numbers() or has_device_open(pid)
     return Process(
         pid=pid,
-        user=_user(pid),
-        command=derived(lambda text: printable(_SECRET.sub(r"\1***", text)), _command(pid)),
+        user=_user(pid) if is_here else _OUTSIDE,
+        command=derived(
+            lambda text: printable(_SECRET.sub(r"\1***", text)), _command(pid) if is_here else _OUTSIDE
+        ),
         used_bytes=Unknown("the driver can't tell") if used is None else int(used),
     )
+
+
+def shares_numbers(root: Path = _ROOT) -> bool:
+    """Whether a process has the same number here as for the driver: not inside a container of its own."""
+    try:
+        return (root / "proc/self/ns/pid").readlink().name == f"pid:[{_INITIAL_NAMESPACE}]"
+    except OSError:
+        return False
+
+
+def has_device_open(pid: int, root: Path = _ROOT) -> bool:
+    """Whether the process of that number here uses a GPU; else the driver means another, of the host's."""
+    try:
+        entries = list((root / "proc" / str(pid) / "fd").iterdir())
+        return any(str(entry.readlink()).startswith("/dev/nvidia") for entry in entries)
+    except OSError:
+        return False
 
 
 def _user(pid: int) -> str | Unknown:

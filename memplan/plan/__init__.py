@@ -59,7 +59,8 @@ def check(request: Request, *, use_cache: bool = True) -> Plan:
     verdict, reason, failure = judge(answer.estimate, answer.timeline, answer.cards, answer.conf)
     found: tuple[Alternative, ...] = ()
     if verdict == "does not fit":
-        found = _alternatives(answer, use_cache)
+        is_fragmented = failure is not None and failure.kind == "fragmentation"
+        found = _alternatives(answer, use_cache, is_fragmented)
     return Plan(
         request=answer.estimate.request,
         verdict=verdict,
@@ -86,7 +87,13 @@ class _Answer:
     warnings: tuple[str, ...]
 
 
-def _answer(request: Request, use_cache: bool, facts: ModelFacts | None = None) -> _Answer:
+def _answer(
+    request: Request,
+    use_cache: bool,
+    facts: ModelFacts | None = None,
+    timeline: Timeline | None = None,
+) -> _Answer:
+    """Resolve, trace and replay; `timeline` is of the same step, where it was traced before."""
     from memplan.allocator import AllocConf
     from memplan.models.resolve import resolve
     from memplan.plan.ranks import estimate_rank
@@ -108,7 +115,11 @@ def _answer(request: Request, use_cache: bool, facts: ModelFacts | None = None) 
     resolved = resolve_defaults(request, checkpoint_dtype=facts.checkpoint_dtype, position_limit=limit)
     validate(resolved)
     cards = _cards_of_ranks(resolved)
-    timeline, cached, notes = cached_trace(resolved, facts, cards[0] if cards else None, use_cache=use_cache)
+    cached = True
+    notes: tuple[str, ...] = ()
+    if timeline is None:
+        card = cards[0] if cards else None
+        timeline, cached, notes = cached_trace(resolved, facts, card, use_cache=use_cache)
     ranks = []
     known: dict[CardSpec | None, Any] = {}
     for rank in range(resolved.num_processes or 1):
@@ -150,17 +161,20 @@ def _cards_of_ranks(request: Request) -> tuple[CardSpec, ...]:
     return request.cards[:count]
 
 
-def _alternatives(answer: _Answer, use_cache: bool) -> tuple[Alternative, ...]:
+def _alternatives(answer: _Answer, use_cache: bool, is_fragmented: bool) -> tuple[Alternative, ...]:
     from memplan.plan.alternatives import changes
     from memplan.plan.verdict import judge
 
     request = answer.estimate.request
     last: tuple[Alternative, ...] = ()
-    for count, change in enumerate(changes(request)):
-        if count == ENOUGH:
+    traced = 0
+    for change in changes(request, is_fragmented=is_fragmented):
+        same_step = answer.timeline if change.keys() == {"alloc_conf"} else None
+        traced += same_step is None
+        if traced > ENOUGH:
             break
         try:
-            other = _answer(replace(request, **change), use_cache, answer.facts)
+            other = _answer(replace(request, **change), use_cache, answer.facts, same_step)
         except MemplanError:
             continue
         verdict, reason, _ = judge(other.estimate, other.timeline, other.cards, other.conf)
@@ -217,7 +231,8 @@ def _version_notes() -> tuple[str, ...]:
         checked = VERIFIED.get(name)
         if checked and not any(version.startswith(v + ".") for v in checked):
             notes.append(
-                f"{name} {version} is not among the versions compared with measured runs ({', '.join(checked)})"
+                f"{name} {version} is not among the versions compared with measured runs"
+                f" ({', '.join(checked)})"
             )
     return tuple(notes)
 

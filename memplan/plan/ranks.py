@@ -62,9 +62,7 @@ def estimate_rank(
         reserved_range_bytes=(min(reserved), max(reserved)),
         non_torch_bytes=non_torch,
         phases=phase_uses(placed, best),
-        train=_over(
-            best, [i for i, p in enumerate(placed.phases) if p.step >= 0]
-        ),
+        train=_over(best, [i for i, p in enumerate(placed.phases) if p.step >= 0]),
         breakdown_bytes=_breakdown(placed, best, non_torch),
         peak_operator=placed.operators[placed.operator[event]],
         peak_module=placed.modules[placed.module[event]],

@@ -222,6 +222,8 @@ def footer(plan: Plan) -> str:
 
 
 def _option(name: str, value: Any) -> str:
+    if name == "alloc_conf":
+        return f"PYTORCH_ALLOC_CONF={value_text(value)}"
     option = f"--{clean_line(name)}"
     return option if value is True else f"{option} {value_text(value)}"
 
