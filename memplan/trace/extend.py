@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from memplan.timeline import Kind, Timeline
@@ -82,7 +83,7 @@ class _Extension:
 
     def _passes(self) -> Iterator[tuple[int, int, bool]]:
         starts = sorted({0, *self._pass_starts, len(self._in)})
-        for start, stop in zip(starts, starts[1:], strict=False):
+        for start, stop in itertools.pairwise(starts):
             name = self._in.phases[self._in.phase[start]].name
             yield start, stop, name in _PASSES
 

@@ -29,7 +29,7 @@ _META = torch.device("meta").type
 _RESIZING = frozenset({"aten::resize_", "aten::resize_as_", "aten::set_", "aten::lift_fresh"})
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[misc]
     """The dispatch mode under which a job is traced; `finish` gives the `Timeline`.
 
     `kernels` replaces an operator by code that allocates as its CUDA kernel does; `workspaces` lists what a

@@ -14,7 +14,6 @@ from memplan.trace.as_cuda.patching import patches
 from memplan.trace.as_cuda.target import CudaTarget
 from memplan.trace.recorder import Recorder
 
-
 _MOVE = "_move_adapter_to_device_of_base_layer"
 
 

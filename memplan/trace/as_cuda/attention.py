@@ -111,23 +111,27 @@ def _needs_logsumexp(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def _cudnn(q: Any, k: Any, v: Any, mask: Any, dropout: float, causal: bool, scale: Any, gqa: bool) -> torch.Tensor:
+def _cudnn(
+    q: Any, k: Any, v: Any, mask: Any, dropout: float, causal: bool, scale: Any, gqa: bool
+) -> torch.Tensor:
     mask = additive_mask(mask, q.dtype)
     if mask is not None:
         mask = mask.expand(q.shape[0], mask.shape[1], q.shape[2], k.shape[2])
     keep = _needs_logsumexp(q, k, v)
     out = aten._scaled_dot_product_cudnn_attention(q, k, v, mask, keep, dropout, causal, False, scale=scale)
-    return out[0]  # type: ignore[no-any-return]
+    return out[0]
 
 
-def _flash(q: Any, k: Any, v: Any, mask: Any, dropout: float, causal: bool, scale: Any, gqa: bool) -> torch.Tensor:
+def _flash(
+    q: Any, k: Any, v: Any, mask: Any, dropout: float, causal: bool, scale: Any, gqa: bool
+) -> torch.Tensor:
     head_dim = q.shape[-1]
     if scale is None:
         scale = head_dim**-0.5
     if head_dim % 8:
         q, k, v = (F.pad(x, (0, 8 - head_dim % 8)) for x in (q, k, v))
     out = aten._scaled_dot_product_flash_attention(q, k, v, dropout, causal, False, scale=scale)[0]
-    return out[..., :head_dim]  # type: ignore[no-any-return]
+    return out[..., :head_dim]
 
 
 def _efficient(
@@ -140,14 +144,14 @@ def _efficient(
             mask = F.pad(mask, (0, 8 - length % 8))[..., :length]
         mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], length)
     keep = _needs_logsumexp(q, k, v)
-    return aten._scaled_dot_product_efficient_attention(  # type: ignore[no-any-return]
-        q, k, v, mask, keep, dropout, causal, scale=scale
-    )[0]
+    return aten._scaled_dot_product_efficient_attention(q, k, v, mask, keep, dropout, causal, scale=scale)[0]
 
 
-def _math(q: Any, k: Any, v: Any, mask: Any, dropout: float, causal: bool, scale: Any, gqa: bool) -> torch.Tensor:
+def _math(
+    q: Any, k: Any, v: Any, mask: Any, dropout: float, causal: bool, scale: Any, gqa: bool
+) -> torch.Tensor:
     mask = additive_mask(mask, q.dtype)
-    return aten._scaled_dot_product_attention_math(  # type: ignore[no-any-return]
+    return aten._scaled_dot_product_attention_math(
         q, k, v, mask, dropout, causal, None, scale=scale, enable_gqa=gqa
     )[0]
 

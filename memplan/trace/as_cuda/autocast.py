@@ -99,7 +99,12 @@ class _Rules:
         names = [argument.name for argument in op._schema.arguments]
         place = names.index("dtype")
         stated = kwargs.get("dtype") is not None or (len(args) > place and args[place] is not None)
-        if not stated and _eligible(first) and first.dtype in (torch.bfloat16, torch.float16):
+        if (
+            not stated
+            and first is not None
+            and _eligible(first)
+            and first.dtype in (torch.bfloat16, torch.float16)
+        ):
             return list(args)[:place], {**kwargs, "dtype": torch.float32}
         return args, kwargs
 

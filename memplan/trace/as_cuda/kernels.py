@@ -28,7 +28,9 @@ def installed(target: CudaTarget, recorder: Recorder) -> Iterator[None]:
         yield
 
 
-def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+def _dropout(
+    input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> torch.Tensor:
     # at::dropout takes the fused kernel, which keeps a mask of bytes, only for CUDA tensors
     # (ATen/native/Dropout.cpp, is_fused_kernel_acceptable).
     if not training or p == 0 or input.numel() == 0:
@@ -45,7 +47,9 @@ def _index_put(recorder: Recorder) -> Any:
     (ATen/native/cuda/Indexing.cu, index_put_with_sort_kernel): five arrays of them and the sort's storage.
     """
 
-    def index_put(values_into: torch.Tensor, indices: Any, values: torch.Tensor, accumulate: bool = False) -> Any:
+    def index_put(
+        values_into: torch.Tensor, indices: Any, values: torch.Tensor, accumulate: bool = False
+    ) -> Any:
         if not (recorder.attribution.in_backward and accumulate and not torch.is_grad_enabled()):
             with torch.utils._python_dispatch._disable_current_modes():
                 out = torch.ops.aten.index_put.default(values_into, indices, values, accumulate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -29,14 +30,16 @@ def reduction_workspace(target: CudaTarget, args: tuple[Any, ...], out: Any) -> 
     if not torch.ops.aten.is_non_overlapping_and_dense(source):
         return []
     dims = args[1] if len(args) > 1 and args[1] is not None else list(range(source.dim()))
-    summed = {d % source.dim() for d in ([dims] if isinstance(dims, int) else dims)} or set(range(source.dim()))
+    summed = {d % source.dim() for d in ([dims] if isinstance(dims, int) else dims)} or set(
+        range(source.dim())
+    )
     outputs, inputs = out.numel(), source.numel() // out.numel()
     if inputs < 2:
         return []
     # in the order of memory, fastest first, as TensorIterator sorts and joins them
     order = sorted((d for d in range(source.dim()) if source.shape[d] > 1), key=source.stride)
     groups = [d in summed for d in order]
-    changes = sum(a != b for a, b in zip(groups, groups[1:], strict=False))
+    changes = sum(a != b for a, b in itertools.pairwise(groups))
     if changes > 1:
         return []  # summed, kept and summed again: not met in training
     if groups[0]:

@@ -132,9 +132,9 @@ def _copied_operands(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
 def _readable(matrix: torch.Tensor) -> bool:
     rows, columns = matrix.shape[-2:]
     down, along = matrix.stride()[-2:]
-    if down == 1 and along >= max(1, rows) or along == 1 and down >= max(1, columns):
+    if (down == 1 and along >= max(1, rows)) or (along == 1 and down >= max(1, columns)):
         return True
-    return matrix.is_contiguous() and down != 0 and along != 0
+    return bool(matrix.is_contiguous()) and down != 0 and along != 0
 
 
 def _converted_input(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[int]:
@@ -188,4 +188,9 @@ def _embedding_backward(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     segments = min(count, weights)
     partials = count // _ROWS_PER_SEGMENT + segments
     sizes = [count * index_bytes] * 2 + [segments * index_bytes] * 3 + [partials * index_bytes]
-    return [*sizes, partials * out.shape[-1] * (4 if out.dtype in (torch.bfloat16, torch.float16) else out.element_size())]
+    return [
+        *sizes,
+        partials
+        * out.shape[-1]
+        * (4 if out.dtype in (torch.bfloat16, torch.float16) else out.element_size()),
+    ]
