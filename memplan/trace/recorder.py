@@ -51,6 +51,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         self.operator_count = 0
         self._timeline = Timeline()
         self._category: list[int] = []
+        self._default_category = UNKNOWN_CATEGORY
         self._owner: dict[int, int] = {}
         self._alive: dict[int, tuple[weakref.ref[Any], list[int]]] = {}
         self._ignored: dict[int, weakref.ref[Any]] = {}
@@ -142,10 +143,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         timeline.module.append(module)
         timeline.stream.append(0 if self.stream is None else self.stream())
 
+    @contextmanager
+    def labelling(self, category: Category) -> Iterator[None]:
+        """What is born in here and not labelled otherwise is for this."""
+        before, self._default_category = self._default_category, int(category)
+        try:
+            yield
+        finally:
+            self._default_category = before
+
     def allocate(self, size_bytes: int, operator: str, category: int = UNKNOWN_CATEGORY) -> int:
         """Log a birth that no tensor stands for; returns its number for `release`."""
         storage = len(self._category)
-        self._category.append(category)
+        self._category.append(self._default_category if category == UNKNOWN_CATEGORY else category)
         self._append(Kind.ALLOC, storage, size_bytes, operator, self.attribution.current())
         return storage
 
