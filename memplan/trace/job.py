@@ -30,6 +30,7 @@ def trace_job(
         from memplan.trace.depth import DepthMismatchError
 
         _import_libraries(request)
+        _hush()  # transformers sets its own level when it is imported
         # DistributedDataParallel puts its buckets in another order in the second step
         steps = TRACED_STEPS if (request.num_processes or 1) == 1 else STEPS
         try:
@@ -144,16 +145,21 @@ def _runs_on_meta(facts: ModelFacts, recorder: Any) -> Iterator[None]:
         ) from error
 
 
+_TALKERS = ("transformers", "bitsandbytes", "peft", "torch")
+
+
+def _hush() -> None:
+    for name in _TALKERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     # The libraries' warnings are about a run that doesn't happen here.
-    levels = {
-        name: logging.getLogger(name).level for name in ("transformers", "bitsandbytes", "peft", "torch")
-    }
+    levels = {name: logging.getLogger(name).level for name in _TALKERS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in levels:
-            logging.getLogger(name).setLevel(logging.ERROR)
+        _hush()
         try:
             yield
         finally:

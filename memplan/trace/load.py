@@ -52,6 +52,14 @@ def build_config(facts: ModelFacts, *, trust_remote_code: bool = False) -> Any:
 
 def load_model(request: Request, facts: ModelFacts, recorder: Recorder, target: CudaTarget) -> nn.Module:
     """The model on meta, its weights' births logged in the order in which the loader makes them."""
+    if request.use_liger_kernel:
+        raise MemplanError(
+            "liger-not-traced",
+            "memplan can't say what `--use_liger_kernel` takes",
+            context="Liger's kernels are Triton code, which allocates out of memplan's sight",
+            hint="plan without it: it lowers the peak at the loss, and changes nothing else that is large",
+            exit_code=ExitCode.UNKNOWN,
+        )
     config = build_config(facts, trust_remote_code=request.trust_remote_code)
     dtype = getattr(torch, str(request.dtype))
     recorder.enter_phase("load", -1)
@@ -64,6 +72,9 @@ def load_model(request: Request, facts: ModelFacts, recorder: Recorder, target: 
     if request.load != "from_config":
         _load_weights(model, dtype, request, recorder, target)
     model.config.use_cache = False
+    attention = getattr(model.config, "_attn_implementation", None)
+    if attention != request.attn_implementation:
+        recorder.notes[f"transformers chooses `{attention}` attention for this architecture"] = None
     _label(model, recorder)
     return model
 
@@ -76,11 +87,13 @@ def model_class(config: Any) -> Any:
 
 
 def _from_config(config: Any, dtype: torch.dtype, request: Request) -> Any:
+    origin = request.origins.get("attn_implementation")
+    stated = origin is None or origin.stated
     with torch.device("meta"):
         return model_class(config).from_config(
             config,
             dtype=dtype,
-            attn_implementation=request.attn_implementation,
+            attn_implementation=request.attn_implementation if stated else None,
             trust_remote_code=request.trust_remote_code,
         )
 
@@ -254,6 +267,14 @@ def _can_be_built(facts: ModelFacts) -> Iterator[None]:
             f"transformers refuses to build `{facts.name}` this way",
             context=_one_line(error),
             hint="another `--attn_implementation` may do, such as `eager`",
+        ) from error
+    except ImportError as error:
+        raise MemplanError(
+            "package-missing",
+            f"transformers needs a package that is not installed here to build `{facts.name}` this way",
+            context=_one_line(error),
+            hint="install it, or choose another `--attn_implementation`, such as `sdpa`",
+            exit_code=ExitCode.UNKNOWN,
         ) from error
     except (RuntimeError, TypeError, KeyError, AttributeError, AssertionError) as error:
         raise MemplanError(
