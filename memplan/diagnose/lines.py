@@ -1,0 +1,168 @@
+"""A pasted text as streams of clean lines: escapes, quotes, frames and prefixes off, ranks put apart."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+_ESCAPE = re.compile(
+    r"(?:\x1b\[|\x9b|\\x1b\[|\\u001b\[|\\033\[|\^\[\[|\u241b\[)[0-?]{0,32}[ -/]{0,4}[@-~]"  # CSI, printed or real
+    r"|(?:\x1b[\]PX^_]|\x9d)[^\x07\x1b\x9c\n]{0,4096}(?:\x07|\x1b\\|\x9c)?"  # OSC and the like
+    r"|\x1b.?"
+    r"|\[\d{1,3}(?:;\d{1,3}){0,5}m"  # a colour whose escape was lost on the way
+)
+_INVISIBLE = dict.fromkeys(
+    [*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), *range(0x7F, 0xA0), 0xAD, *range(0x200B, 0x2010)]
+    + [*range(0x202A, 0x202F), *range(0x2060, 0x2065), *range(0x2066, 0x2070), 0xFEFF]
+)
+_SPACES = dict.fromkeys([0x09, 0xA0, 0x2007, 0x202F, 0x3000], " ")
+_QUOTE = re.compile(r"\s{0,40}(?:[>│┃║|#]|//+|\* )[ ]?")
+_BORDER = re.compile(r"[ ]{0,400}[│┃║|]\s*$")
+_PREFIXES = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"\[(?:rank|default|Rank |RANK )\s?(?P<rank>\d{1,5})\]:? ?",  # torch's excepthook, torchrun --tee
+        r"(?:rank|Rank) ?(?P<rank>\d{1,5}): ",
+        r"\[\d{1,5},(?P<rank>\d{1,5})\]<std(?:err|out)>: ?",  # mpirun --tag-output
+        r"\((?:[A-Za-z]{1,40}_TP)(?P<rank>\d{1,4})[^()]{0,60}\) ?",  # vLLM's workers
+        r"\([A-Za-z]{1,40}[^()]{0,80}\bpid=\d{1,9}[^()]{0,80}\) ?",  # Ray's and vLLM's
+        r"[A-Za-z][\w.-]{0,60}: (?=\[rank|\[default)",  # pdsh puts the host before
+    )
+)
+_SRUN = re.compile(r"(?P<rank>\d{1,4}): ?")
+_LONGEST_LINE = 20_000
+_CONTINUED = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line without what was wrapped around it."""
+
+    number: int
+    rank: int | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The lines of one source, with its text on one line for patterns that a wrap would break."""
+
+    lines: Sequence[Line]
+    flat: str = field(repr=False)
+    starts: Sequence[int] = field(repr=False)
+
+    @cached_property
+    def lower(self) -> str:
+        """`flat` in lower case, offsets unchanged: only ASCII is lowered."""
+        return self.flat.translate(_LOWER)
+
+    def index_at(self, offset: int) -> int:
+        """Which line an offset of `flat` lies in."""
+        return max(0, bisect_right(self.starts, offset) - 1)
+
+
+_LOWER = {ord(c): ord(c.lower()) for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}
+
+
+def clean(text: str) -> str:
+    """One line without escape sequences, controls and invisible characters."""
+    if "\x1b" in text or "[" in text or "\x9b" in text or "\x9d" in text:
+        text = _ESCAPE.sub("", text)
+    return text if text.isascii() and text.isprintable() else text.translate(_INVISIBLE).translate(_SPACES)
+
+
+def split_lines(text: str, first: int = 1) -> list[tuple[int, str]]:
+    """Numbered lines, whichever system ended them; a progress bar's returns divide its line."""
+    if "\n" not in text and text.count("\r") > 1:
+        text = text.replace("\r", "\n")
+    rows: list[tuple[int, str]] = []
+    for number, row in enumerate(text.split("\n"), first):
+        # a log inside JSON has its line ends written out
+        if "\\n" in row and ("call last):\\n" in row or "\\n  File" in row or row.count("\\n") > 3):
+            row = row.replace("\\r\\n", "\r").replace("\\n", "\r").replace('\\"', '"')
+        for part in row.split("\r") if "\r" in row else (row,):
+            if part or row == "":
+                rows += [(number, part[at : at + _LONGEST_LINE]) for at in range(0, max(len(part), 1), _LONGEST_LINE)]
+    return rows
+
+
+def streams(rows: Iterable[tuple[int, str]]) -> list[Stream]:
+    """The lines by their source, in the order in which the sources first speak."""
+    numbered = [(number, clean(row)) for number, row in rows]
+    is_srun = _is_srun([row for _, row in numbered])
+    quoted_printable = sum(row.endswith("=") for _, row in numbered) > 1
+    sources: dict[str, list[Line]] = {}
+    last, continued = "", 0
+    for number, row in numbered:
+        row = _unquoted(row)
+        if quoted_printable:
+            row = _from_quoted_printable(row)
+        source, rank, body = _parted(row, is_srun)
+        if source:
+            last, continued = source, 0
+        elif last and _continues(row) and continued < _CONTINUED:
+            # what wraps at a terminal's edge, or a message of several lines, has its prefix only once
+            continued += 1
+            sources[last].append(Line(number, None, body))
+            continue
+        else:
+            last = ""
+        sources.setdefault(source, []).append(Line(number, rank, body))
+    return [_stream(lines) for lines in sources.values()]
+
+
+def _unquoted(row: str) -> str:
+    for _ in range(4):
+        match = _QUOTE.match(row)
+        if match is None:
+            break
+        row = row[match.end() :]
+    return _BORDER.sub("", row) if row.rstrip().endswith(("│", "┃", "║", "|")) else row.rstrip()
+
+
+def _from_quoted_printable(row: str) -> str:
+    row = re.sub(r"=([0-9A-F]{2})", lambda m: chr(int(m[1], 16)), row)
+    return row.removesuffix("=") if not row.endswith("==") else row
+
+
+def _parted(row: str, is_srun: bool) -> tuple[str, int | None, str]:
+    """Prefix, rank and rest of a line; several prefixes may follow each other."""
+    source, rank = "", None
+    patterns = (*_PREFIXES, _SRUN) if is_srun else _PREFIXES
+    if row[:1] not in "([rR" and not row[:1].isalnum() and row[:1] != " ":
+        return source, rank, row
+    for _ in range(3):
+        for pattern in patterns:
+            match = pattern.match(row)
+            if match is not None:
+                number = match.groupdict().get("rank")
+                rank = int(number) if number is not None else rank
+                source += match[0]
+                row = row[match.end() :]
+                break
+        else:
+            break
+    return source.strip(), rank, row
+
+
+def _continues(row: str) -> bool:
+    return bool(row.strip()) and "Traceback (most" not in row and not re.match(r"\s{0,8}File \"|\[?\d{4}-\d\d", row)
+
+
+def _is_srun(rows: Sequence[str]) -> bool:
+    written = [row for row in rows if row.strip()]
+    marked = sum(_SRUN.match(row) is not None for row in written)
+    return marked >= 3 and marked >= 0.8 * len(written)
+
+
+def _stream(lines: list[Line]) -> Stream:
+    starts, parts, at = [], [], 0
+    for line in lines:
+        text = " ".join(line.text.replace("\\n", " ").replace("**", "").split())
+        starts.append(at)
+        parts.append(text)
+        at += len(text) + 1
+    return Stream(lines=lines, flat=" ".join(parts), starts=starts)
