@@ -32,6 +32,6 @@ def _understood(event: Event, reading: Reading) -> Event:
     after = reading.flat_lines[line + 1 : line + 1 + _LINES_AFTER]
     told = phase_of(event, before, after)
     around = "\n".join([*before[-10:], event.message, *after])[:4000]
-    cause, evidence = cause_of(event, around)
+    cause, evidence = cause_of(replace(event, phase=told.phase), around)
     said = (told.evidence,) if told.evidence else ()
     return replace(event, phase=told.phase, cause=cause, evidence=(*evidence, *said))

@@ -11,6 +11,7 @@ HUGE = 0.4
 """A request of this share of the card is one tensor too large, whatever else is there."""
 CACHED = 0.05
 """Less than this share of the card, held but unused, is what every run has."""
+_LARGER_THAN_CARDS = 64 << 30
 OTHERS = 0.15
 _CONTEXT_BYTES = 600 << 20
 """A CUDA context, which old messages leave out."""
@@ -32,11 +33,15 @@ def cause_of(event: Event, around: str) -> Judged:
     """The cause, with its evidence; `around` is the text near the message."""
     if event.kind in ("host_oom", "shm"):
         return "host_ram", (_HOST[event.kind],)
+    if event.kind == "not_oom" and "shared" not in event.message:
+        return "unknown", (_CONFIG["not_oom"],)
     if event.kind in ("not_oom", "compat", "load_dispatch"):
         return "config", (_CONFIG[event.kind],)
     if event.kind in ("vllm_kv", "sglang_kv"):
         return _engine(event)
     figures = event.figures
+    if "more than 1EB" in event.message:
+        return "config", ("a size of more than 1 EB was asked for: it was computed wrong or read from bad data",)
     for judge in (_huge, _fragmented, _others, _capped):
         judged = judge(figures)
         if judged is not None:
@@ -84,6 +89,8 @@ def cached_bytes(figures: Figures) -> int | None:
 
 def _huge(figures: Figures) -> Judged | None:
     asked, total = figures.requested_bytes, figures.total_bytes
+    if asked is not None and total is None and asked >= _LARGER_THAN_CARDS:
+        return "single_huge_allocation", (f"one request is for {format_bytes(asked)}",)
     if asked is None or total is None or asked < HUGE * total:
         return None
     share = f"{asked / total:.0%}" if asked <= total else f"{asked / total:.1f} times"
@@ -146,6 +153,12 @@ def _rest(event: Event, around: str) -> Judged:
         return "unknown", (
             f"{format_bytes(free)} were free, more than the {format_bytes(asked)} asked for: the driver refused",
         )
+    if event.kind == "cuda_error_oom" and event.phase == "load":
+        return "other_process", (
+            "CUDA itself refused before the allocator held anything: the card was full when this process came",
+        )
+    if event.kind == "ggml_oom" and re.search("kv cache|KV cache", around):
+        return "kv_cache", ("it was the buffer of the KV cache",)
     if event.kind in ("cuda_error_oom", "cublas_alloc", "cudnn_alloc", "xpu_oom"):
         return "unknown", ("the message states no figures",)
     if allocated is not None and figures.total_bytes is not None:
@@ -156,6 +169,8 @@ def _rest(event: Event, around: str) -> Judged:
         used = figures.total_bytes - free
         if used < 0.9 * figures.total_bytes:
             return "unknown", (f"{format_bytes(used)} of the card were in use; by whom isn't said",)
+    if event.kind == "cuda_oom" and allocated is None and figures.process_bytes is None and free is None:
+        return "unknown", ("the message doesn't say what filled the card",)
     if asked is not None or allocated is not None or event.kind in ("metal_oom", "nccl_oom", "tf_oom", "jax_oom"):
         return "capacity", ("no other reason can be read from the message",)
     return "unknown", ("the message states no figures",)
@@ -166,7 +181,7 @@ _HOST = {
     "shm": "shared memory between processes ran out, which is the host's",
 }
 _CONFIG = {
-    "not_oom": "nothing ran out: the message is about something else",
+    "not_oom": "no GPU or host memory ran out: the message is about something else",
     "compat": "the versions or arguments at hand don't go together",
     "load_dispatch": "accelerate put a part of the model off the GPU, since it judged that it would not fit",
 }

@@ -17,6 +17,8 @@ _BEFORE, _AFTER, _AROUND = 300, 2500, 2000
 _NEAR = 400
 _END = re.compile(r"\n[^\n]{0,3}\s{0,80}\n|Traceback \(most recent call last\)|\n```|\n~~~")
 _SAME_MOMENT = 20
+_GENERAL = {"cuda_oom", "cuda_error_oom"}
+"""Without figures these may be another's message, mentioned."""
 _WIDE = {"limit", "ray", "kernel"}
 _SIZES = tuple(field.name for field in fields(Figures))
 _RANKS = (
@@ -42,7 +44,7 @@ class Found:
 
 def events_of(reading: Reading) -> list[Event]:
     """The events, in the order of the text, echoes left out."""
-    found = _grouped(sorted(_matches(reading.flat), key=lambda f: (f.start, f.row)))
+    found = _grouped(reading.flat, sorted(_matches(reading.flat), key=lambda f: (f.start, f.row)))
     bounds = [group[0].start for group in found]
     events = []
     for index, group in enumerate(found[:MOST_EVENTS]):
@@ -60,22 +62,24 @@ def _matches(text: str) -> Iterator[Found]:
             yield Found(match.start(), match.end(), row)
 
 
-def _grouped(found: list[Found]) -> list[list[Found]]:
+def _grouped(text: str, found: list[Found]) -> list[list[Found]]:
     """Wordings that stand in one message, together."""
     groups: list[list[Found]] = []
     for one in found:
-        if groups and _belongs(groups[-1], one):
+        if groups and _belongs(text, groups[-1], one):
             groups[-1].append(one)
         else:
             groups.append([one])
     return groups
 
 
-def _belongs(group: list[Found], one: Found) -> bool:
+def _belongs(text: str, group: list[Found], one: Found) -> bool:
     last = group[-1]
     if one.start < last.end:
         return True
     if _family(one) != _family(group[0]) or one.start - last.end > _NEAR:
+        return False
+    if one.wording.kind != last.wording.kind and "\n" in text[last.end : one.start]:
         return False
     return one.row != last.row and all(one.row != other.row for other in group)
 
@@ -163,7 +167,8 @@ def _is_same(one: Event, other: Event) -> bool:
         shared = first.keys() & second.keys()
         agree = all(first[name] == second[name] for name in shared)
         return agree and bool(shared) and one.rank == other.rank and _compatible(one, other)
-    return _compatible(one, other)
+    bare = one if not first else other
+    return _compatible(one, other) and (one.kind == other.kind or bare.kind in _GENERAL)
 
 
 def _side(event: Event) -> str:

@@ -10,7 +10,7 @@ from memplan.diagnosis.types import Figures
 from memplan.units import GIB, KIB, MIB, TIB
 
 _UNITS = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": TIB, "p": KIB * TIB, "e": MIB * TIB}
-_SIZE = r"(\d{1,20}(?:\.\d{1,9})?|\d{1,3}(?:,\d{3}){1,6}) ?(bytes?|[KMGTPE]?i?b?B|[KMGT]i?)(?![A-Za-z])"
+_SIZE = r"(\d{1,20}(?:\.\d{1,9})?|\d{1,3}(?:,\d{3}){1,6}) ?(bytes?|[kKMGTPE]?i?b?B|[KMGT]i?)(?![A-Za-z])"
 _ABSURD = 1 << 60
 """Nothing holds an exbibyte: a counter has wrapped."""
 _DTYPE_BYTES = {
@@ -65,7 +65,7 @@ _DEVICE = (
 
 
 def _torch(message: str) -> Figures:
-    allocated = _first(message, "SIZE already allocated", "allocated memory SIZE is allocated by PyTorch")
+    allocated = _first(message, "SIZE already allocated", "SIZE is allocated by PyTorch")
     allocated = _first(message, "[Cc]urrently allocated ?: ?SIZE") if allocated is None else allocated
     unallocated = _first(message, "SIZE is reserved by PyTorch but unallocated", r"SIZE cached\)")
     reserved = _first(message, "SIZE reserved in total by PyTorch", r"SIZE cached;")
@@ -209,7 +209,7 @@ def _cuda(message: str) -> Figures:
 
 def _kernel(message: str) -> Figures:
     return Figures(
-        process_bytes=_first(message, "anon-rss: ?SIZE"),
+        process_bytes=_first(message, "anon-rss:? ?~?SIZE"),
         total_bytes=_first(message, r"memory: usage \d{1,15}kB, limit SIZE"),
     )
 

@@ -41,7 +41,7 @@ _RULES: tuple[tuple[Phase, re.Pattern[str]], ...] = (
     ("optimizer", _words(r"torch/optim/\S* (?!__init__|zero_grad|wrapper)|bitsandbytes/optim\S* (?!__init__)|apex/optimizers\S* step| (?:optimizer_step|_take_model_step|unscale_\w{0,20}|clip_grad_norm_?|_optimizer_step|init_state|step_optimizer)$|deepspeed/runtime/\S* (?:step|_optimizer_step|sub_group_step)$|accelerate/optimizer\.py step")),
     ("data", _words(r"utils/data/\S* |collat\w{0,30}| (?:_prepare_inputs?|pin_memory|__getitem__|send_to_device|\w{0,30}to_device|prepare_batch|\w{0,30}_?dataset\w{0,30}|get_batch|tokenize\w{0,30})$|datasets/\S* |pandas/\S* |h5py/")),
     ("loss", _words(r" (?:cross_entropy|fixed_cross_entropy|ForCausalLMLoss|\w{0,40}_?loss_function|nll_loss|log_softmax|logsumexp|kl_div|binary_cross_entropy\w{0,20}|selective_log_softmax|\w{0,30}entropy_from_logits|get_batch_logps|_get_\w{0,20}logps\w{0,20}|ForMaskedLM\w{0,10}|logprobs_from_logits|concatenated_forward)$|modules/loss\.py|loss/loss_\w{1,30}\.py|losses?\.py (?:forward|__call__)|liger_kernel/\S*(?:loss|entropy)")),
-    ("load", _words(r" (?:from_pretrained|_from_pretrained|from_config|load_\w{1,60}|_load_\w{1,60}|\w{0,40}load_(?:model|weights|pipeline|state_dict)\w{0,30}|_apply|convert|cuda|to_empty|_materialize_copy|prepare|_prepare_\w{1,30}|prepare_\w{1,40}|_init_flat_param\w{0,30}|fully_shard|get_peft_model|init_weights|_init_weights|\w{0,20}(?:create|build|get|init|setup|make)_\w{0,20}model\w{0,20}|initialize|init_model\w{0,20}|resize_token_embeddings|_get_resized_embeddings|set_module_tensor_to_device|\w{0,30}move\w{0,30}(?:model|device)\w{0,30}|dispatch_model|empty_init|from_single_file|from_quantized|load|restore|_configure_\w{1,40}|create_weights|quantize\w{0,20}|create_quantized_param|caching_allocator_warmup|_move_model_to_device|setup_model\w{0,30}|post_init|init_worker\w{0,20})$|core_model_loading\.py|torch/serialization\.py|modeling_utils\.py (?!forward)|fsdp/\S* (?:__init__|_\w{0,40}init\w{0,40})|nn/parallel/distributed\.py __init__|nn/modules/module\.py to$|bitsandbytes/nn/modules\.py (?:cuda|to|_quantize)")),
+    ("load", _words(r" (?:__init__|_?from_(?:pretrained|config|checkpoint|ckpt)|load_\w{1,60}|_load_\w{1,60}|\w{0,40}load_(?:model|weights|pipeline|state_dict)\w{0,30}|_apply|convert|cuda|to_empty|_materialize_copy|prepare|_prepare_\w{1,30}|prepare_\w{1,40}|_init_flat_param\w{0,30}|fully_shard|get_peft_model|init_weights|_init_weights|\w{0,20}(?:create|build|get|init|setup|make)_\w{0,20}model\w{0,20}|initialize|init_model\w{0,20}|resize_token_embeddings|_get_resized_embeddings|set_module_tensor_to_device|\w{0,30}move\w{0,30}(?:model|device)\w{0,30}|dispatch_model|empty_init|from_single_file|from_quantized|load|restore|_configure_\w{1,40}|create_weights|quantize\w{0,20}|create_quantized_param|caching_allocator_warmup|_move_model_to_device|setup_model\w{0,30}|post_init|init_worker\w{0,20})$|core_model_loading\.py|torch/serialization\.py|modeling_utils\.py (?!forward)|fsdp/\S* (?:__init__|_\w{0,40}init\w{0,40})|nn/parallel/distributed\.py __init__|nn/modules/module\.py to$|bitsandbytes/nn/modules\.py (?:cuda|to|_quantize)")),
     ("forward", _words(r" (?:forward|_?call_impl|_wrapped_call_impl|_conv_forward|training_step|compute_loss|call|inner|linear|layer_norm|conv\dd|scaled_dot_product_attention|multi_head_attention_forward|softmax|repeat_kv|\w{0,40}_forward|forward_\w{1,40}|encode|embed\w{0,20})$|torch/nn/functional\.py|torchinductor|modeling_\w{1,60}\.py")),
 )  # fmt: skip
 _INNERMOST = {"save", "generate", "eval", "load"}
@@ -59,16 +59,23 @@ _SOURCE: tuple[tuple[Phase, re.Pattern[str]], ...] = (
     ("data", _words(r"(?:batch|inputs?|data|images?|x|labels)\w{0,20}\.(?:to|cuda)\(")),
 )  # fmt: skip
 _PROSE: tuple[tuple[Phase, re.Pattern[str]], ...] = (
-    ("load", _words(r"(?i)load(?:ing)? (?:the |of the )?(?:\w{1,20} )?(?:model|checkpoint|weights|pipeline|safetensors)|model load|weight loading|checkpoint shards|from_pretrained|load_model|loading model|模型加载|加载模型|加载|모델 로드|model\.to\(|\.to\(['\"]?(?:cuda|device)|initiali[sz]\w{1,6} (?:the )?(?:model|engine)|(?:engine|server) (?:start|init)\w{0,6}|startup|cold start|boot(?:ed|ing|s)?\b|param\.data\.to")),
+    ("load", _words(r"(?i)determine_available_memory|profile_run|llama_init_from_model|llama_model_load|during (?:model |engine )?(?:load|init|start)\w{0,20}|load(?:ing)? (?:the |of the )?(?:\w{1,20} )?(?:model|checkpoint|weights|pipeline|safetensors)|model load|weight loading|checkpoint shards|from_pretrained|load_model|loading model|模型加载|加载模型|加载|모델 로드|model\.to\(|\.to\(['\"]?(?:cuda|device)|initiali[sz]\w{1,6} (?:the )?(?:model|engine)|(?:engine|server) (?:start|init)\w{0,6}|startup|cold start|boot(?:ed|ing|s)?\b|param\.data\.to")),
     ("optimizer", _words(r"(?i)optimi[sz]er(?:\.| )step|optim step|during optimizer|adam(?:w)? states?")),
-    ("backward", _words(r"(?i)\bbackward\b|反向传播|loss\.backward")),
-    ("eval", _words(r"(?i)\b(?:during|in|at|the) (?:eval\w{0,8}|validation)|evaluation|validation|\binfer\.py|batch \[\d{1,6}/\d{1,6}\]|验证|评估")),
+    ("backward", _words(r"(?i)\bbackward\b|_grad_\w{1,30}ops?\.cc|反向传播|loss\.backward")),
+    ("eval", _words(r"(?i)\b(?:during|in|at|the) (?:eval\w{0,8}|validation)|\bevaluation\b(?!_)|\bvalidation\b|\binfer\.py|batch \[\d{1,6}/\d{1,6}\]|验证|评估")),
     ("save", _words(r"(?i)\bsav(?:e|ing) (?:the )?(?:model|checkpoint|adapter)|checkpoint sav|merge_and_unload|保存")),
     ("loss", _words(r"(?i)loss.{0,60}logits|logits.{0,60}(?:loss|float|fp32|upcast)|cross.?entropy|log.?softmax")),
     ("generate", _words(r"(?i)\bgenerat(?:e|es|ed|ing|ion)\b|\binference\b|\bprefill|\bdecod(?:e|ing)\b|\bprompts?\b|推理|生成|知识库|推論|llama_decode|image size|resolution|completing request")),
     ("data", _words(r"(?i)data ?loader|dataset|collat|preprocess|\bbatch(?:es)? to (?:the )?(?:gpu|device|cuda)|tokeni[sz]")),
-    ("forward", _words(r"(?i)\bforward\b|\bactivations?\b|前向|running \w{1,20} node|conv_ops")),
+    ("forward", _words(r"(?i)\bforward\b|\bactivations?\b|前向|running \w{1,20} node|_ops\.cc")),
 )  # fmt: skip
+_ADVICE = re.compile(r"If reserved .*|See documentation .*|Compile with .*|For debugging .*|CUDA kernel errors .*")
+_PROGRESS = re.compile(r"Loading (?:checkpoint shards|weights|pipeline components|safetensors)\b")
+_ENGINES = re.compile(
+    r"(?i)/(?:vllm|sglang|diffusers|text_generation_server|comfyui|whisper|ctranslate2|tts|lmdeploy|exllama\w{0,3})\b[^ ]*"
+)
+"""Code that only ever infers: what is not loading there is generating."""
+_NO_GRAD = " decorate_context"
 _ALWAYS: dict[str, tuple[Phase, str]] = {
     "vllm_kv": ("load", "the engine sizes its cache while it starts"),
     "sglang_kv": ("load", "the engine sizes its cache while it starts"),
@@ -82,6 +89,10 @@ def phase_of(event: Event, before: list[str], after: list[str]) -> Told:
     if event.kind in _ALWAYS:
         phase, why = _ALWAYS[event.kind]
         return Told(phase, why)
+    if event.figures.allocated_bytes == 0 and event.kind == "cuda_oom":
+        return Told("load", "nothing had been allocated yet", tuple(_frames(_traceback(before))))
+    if event.kind == "host_oom" and (bar := _progress([*before[-15:], event.message])):
+        return Told("load", f"the progress bar `{bar}` stands before it")
     trace = _traceback(before)
     frames = tuple(_frames(trace))
     if (told := _from_frames(frames)) is not None:
@@ -111,7 +122,7 @@ def _frames(lines: list[str]) -> list[str]:
             match = pattern.search(line[:1000])
             if match is not None:
                 path = match[1].replace("\\", "/")
-                frames.append(f"{path} {match[2] or '<module>'}")
+                frames.append(f"{path} {(match[2] or '<module>').rpartition('.')[2]}")
                 break
     return frames
 
@@ -132,7 +143,19 @@ def _from_frames(frames: tuple[str, ...]) -> Told | None:
         chosen = max((key for key in order if key[0] in _INNERMOST), key=lambda key: depths[key])
         if chosen[0] == "load" and chosen[1] != 0:
             chosen = _inside_a_load(depths, chosen, order[0])
+    if chosen[0] in ("forward", "loss") and (_infers(frames)):
+        engine = next((frame for frame in frames if _ENGINES.search(frame)), frames[0])
+        return Told("generate", f"forward without gradients: the traceback passes {_shown(engine)}", frames)
     return Told(chosen[0], f"the traceback passes {_shown(frames[depths[chosen]])}", frames)
+
+
+def _infers(frames: tuple[str, ...]) -> bool:
+    return any(_NO_GRAD in frame or _ENGINES.search(frame) for frame in frames)
+
+
+def _progress(lines: list[str]) -> str | None:
+    match = next((m for line in reversed(lines) if (m := _PROGRESS.search(line[-1000:]))), None)
+    return match[0] if match else None
 
 
 def _inside_a_load(
@@ -152,10 +175,9 @@ def _from_source(trace: list[str], frames: tuple[str, ...]) -> Told | None:
 
 
 def _from_prose(before: list[str], message: str, after: list[str], frames: tuple[str, ...]) -> Told:
-    near = [*reversed(before[-12:]), *after[:6]]
-    for line in (message[-0:][:0], *near):
+    for line in (_ADVICE.sub("", message[:1500]), *reversed(before[-12:]), *after[:6]):
         for phase, pattern in _PROSE:
-            if line and (match := pattern.search(line[-600:])) is not None:
+            if (match := pattern.search(line[-1500:])) is not None:
                 return Told(phase, f"the text beside the message says `{_clipped(match[0])}`", frames)
     return Told("unknown", "", frames)
 

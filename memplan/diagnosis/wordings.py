@@ -109,6 +109,7 @@ WORDINGS: tuple[Wording, ...] = (
     _row("not_oom", None, "none", r"device-side assert triggered|uses too much shared data|too many resources requested for launch|exceeds? (?:the )?(?:maximum )?shared memory", "CUDA"),
     _row("shm", None, "none", r"insufficient shared memory \(shm\)|unable to allocate shared memory ?\(shm\)|unable to (?:open|write|mmap|resize) [^\n]{0,40}(?:shared memory|file </torch_)|No space left on device[^\n]{0,60}/dev/shm|/dev/shm[^\n]{0,200}No space left on device", "torch, MapAllocator.cpp and dataloader"),
     _row("shm", None, "none", r"is killed by signal: Bus error|Error while (?:creating|attaching to) shared memory segment|out of shared memory|Bus error \(core dumped\)", "torch dataloader, nccl"),
+    _row("not_oom", None, "none", r"No space left on device|StorageFull|[Dd]isk quota exceeded", "the C library: a disk is full"),
     _row("host_oom", None, "bytes", r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory)", "c10/core/impl/alloc_cpu.cpp"),
     _row("host_oom", None, "bytes", r"alloc_cpu\.cpp:\d{1,4}\]", "c10/core/impl/alloc_cpu.cpp"),
     _row("host_oom", None, "numpy", r"Unable to allocate [\d.]{1,12} [KMGTP]?i?B for an array|(?:numpy[\w.]{0,40})MemoryError|Unable to allocate array with shape", "numpy"),
@@ -130,5 +131,5 @@ WORDINGS: tuple[Wording, ...] = (
     _row("load_dispatch", None, "none", r"had weights offloaded to the disk|offload the whole model to the disk|with CPU or disk offload", "transformers, accelerate"),
     # the least that still says it
     _row("cuda_oom", None, "torch", r"torch\.(?:cuda\.)?OutOfMemoryError(?!: (?:HIP|XPU|NPU|MPS))", "torch 1.13+"),
-    _row("cuda_oom", None, "torch", r"(?:GPU|[Cc]uda|VRAM) (?:ran |run |is |runs )?(?:OOM|out of memory)|[Tt]ried to allocate [\d.]{1,12} [KMG]i?B", "prose"),
+    _row("cuda_oom", None, "torch", r"(?:GPU|[Cc]uda|VRAM) (?:ran |run |is |runs )?(?:OOM|out of memory)|[Tt]ried to allocate (?:[\d.]{1,12} [KMG]i?B|more than 1EB)|GPU \d{0,3} has a total capaci?ty of", "prose"),
 )  # fmt: skip

@@ -1,0 +1,175 @@
+"""Which phase of a job a failure fell in: from the frames, and where there are none from the words around."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from memplan.diagnose.types import Finding, Frame, Kind, Phase
+from memplan.diagnose.wordings import compiled
+
+_BY_KIND: dict[Kind, Phase] = {
+    "vllm_kv": "load",
+    "load_dispatch": "load",
+    "shm": "data",
+}
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """A phase and what shows it: names of functions, parts of paths, words of the source line."""
+
+    phase: Phase
+    functions: str = r"(?!)"
+    paths: str = r"(?!)"
+    sources: str = r"(?!)"
+
+
+_SURROUNDING = (
+    _Rule(
+        "generate",
+        functions=r"(?:.*\.)?(?:_?generate\w*|_sample|_?greedy_search|_?beam_search|_contrastive_search|decode_loop"
+        r"|sample_stream|stream_chat|chat|infer(?:ence)?(?:_\w+)?|execute_model|transcribe|text2img|img2img"
+        r"|txt2img|render_\w+|sampl(?:e|ing)(?:_\w+)?|p_sample\w*|(?:run|encode|decode)_(?:vae|image|video)\w*)$",
+        paths=r"transformers/generation/|/diffusers/pipelines/|/pipelines/\w+\.py$|k_diffusion|comfy/samplers",
+        sources=r"\.generate\(",
+    ),
+    _Rule(
+        "eval",
+        functions=r"(?:.*\.)?(?:evaluate\w*|evaluation_\w+|_?eval(?:_\w+)?|prediction_(?:step|loop)|predict(?:_\w+)?"
+        r"|validat(?:e|ion)(?:_\w+)?|_run_validation|test(?:_(?:step|epoch|loop|model))?|run_eval\w*|_maybe_log_save_evaluate|nested_\w+)$",
+        paths=r"loops/evaluation_loop|lm_eval/",
+    ),
+    _Rule(
+        "save",
+        functions=r"(?:.*\.)?(?:_?save(?:_\w+)?|save_\w+|_save\w*|merge_and_unload|state_dict|full_state_dict|get_model_state_dict"
+        r"|_full_post_state_dict_hook|_gather_state_dict|consolidate\w*|export\w*)$",
+        paths=r"torch/serialization|distributed/checkpoint/state_dict|safetensors/torch\.py$",
+        sources=r"\.save_pretrained\(|torch\.save\(|\.state_dict\(\)",
+    ),
+)
+"""Phases that contain others: a forward pass within `generate` is generating."""
+_LOADING = _Rule(
+    "load",
+    functions=r"(?:.*\.)?(?:_?from_pretrained|from_single_file|from_checkpoint|_?load(?:_\w+)?|load_\w+|_load_\w+|build_model\w*|create_model\w*"
+    r"|_move_model_to_device|dispatch_model|prepare_model\w*|_prepare_\w+model|init_device|init_model\w*|init_worker\w*|initialize\w*|_initialize\w*"
+    r"|profile_run|determine_(?:num_)?available\w*|_init_executor|_materialize_copy|get_peft_model|inject_adapter|_init_flat_param\w*"
+    r"|fully_shard|flatten_tensors\w*|_allocate_kv_cache\w*|warm_?up\w*|capture_model|_sync_module_states|move_\w*_to_device|setup_model\w*)$",
+    paths=r"core_model_loading|integrations/accelerate|model_loader|/fsdp/(?:_flat_param|_init_utils|_fully_shard/_fsdp_init)"
+    r"|modeling_utils\.py$|quantizers/",
+    sources=r"\.from_pretrained\(|DistributedDataParallel\(|\bDDP\(|FullyShardedDataParallel\(|\bFSDP\(|fully_shard\(|(?<!\w)model\.(?:to|cuda|half)\(",
+)
+_STAGES = (
+    _Rule(
+        "optimizer",
+        functions=r"(?:.*\.)?(?:optimizer_step|_init_group|_?(?:single|multi)_tensor_\w+|_take_model_step|step_optimizer|clip_grad\w*|init_state"
+        r"|_update_scale|unscale_|initialize_optimizer_states|multi_tensor_applier|_fused_\w+)$",
+        paths=r"torch/optim/(?!lr_scheduler)|bitsandbytes/optim|/optimizers?/|_optimizer\.py$|accelerate/optimizer|apex/optimizers|/zero/stage_\w+\.py$",
+        sources=r"optim(?:izer)?\w*\.step\(|clip_grad_norm_",
+    ),
+    _Rule(
+        "backward",
+        functions=r"(?:.*\.)?(?:backward\w*|run_backward|_engine_run_backward|_backward\w*|\w+_backward|autograd_\w+)$",
+        paths=r"torch/_tensor\.py$|torch/tensor\.py$|torch/autograd/(?:__init__|graph)",
+        sources=r"\.backward\(",
+    ),
+    _Rule(
+        "data",
+        functions=r"(?:.*\.)?(?:\w*collat\w*|send_to_device|pin_memory\w*|_pin_memory_loop|_worker_loop|batch_to_device|transfer_batch\w*|__getitem__|_process_data|_next_data"
+        r"|_try_get_data|process_\w*data\w*|prepare_data\w*|preprocess\w*|tokenize\w*|_prepare_inputs?|move_batch\w*|load_data\w*|get_batch)$",
+        paths=r"torch/utils/data/|/datasets/|accelerate/data_loader|/dataloader",
+        sources=r"(?:images?|inputs?|batch|labels?|targets?|data|x|y|v|samples?|imgs?)\.(?:to|cuda)\(",
+    ),
+    _Rule(
+        "loss",
+        functions=r"(?:.*\.)?(?:cross_entropy\w*|\w*loss\w*|ForCausalLMLoss|criterion|nll_\w+|_?log_softmax|get_batch_logps|_get_per_token_logps\w*|selective_log_softmax)$",
+        paths=r"transformers/loss/|/losses?/|loss\w*\.py$|modules/loss",
+        sources=r"\blm_head\(|cross_entropy\(|\bcriterion\(|loss_f(?:unctio)?n\(|logits\.float\(\)|log_softmax\(",
+    ),
+)
+_FORWARD = _Rule(
+    "forward",
+    functions=r"(?:.*\.)?(?:\w*forward\w*|_call_impl|_wrapped_call_impl|__call__|_body|attention\w*|sdpa\w*|apply_rotary\w*)$",
+    paths=r"torch/nn/(?:functional|modules/(?!module))|transformers/models/|/modeling_\w+\.py$|torch/_refs|torch/utils/checkpoint|/layers?/",
+)
+_APPLY = re.compile(r"(?:.*\.)?(?:_apply|convert|cuda|to|<lambda>|half|float)$")
+_WORDS: tuple[tuple[Phase, str], ...] = (
+    ("backward", r"_execution_engine|\.backward\(|backward pass|during backward|in backward|conv_grad|gradtape|反向传播"),
+    ("optimizer", r"optimi[sz]er\.step|optim(?:izer)? step|optimizer state"),
+    ("save", r"(?:while|when|during|before|at|on) (?:\w+ )?(?:sav(?:e|ing)|checkpointing)|save_pretrained|保存"),
+    ("load", r"loading (?:the )?(?:checkpoint|model|weights|shards)|llama_model_load|load_tensors|failed to load model|load(?:ing)? (?:of )?(?:the )?model|from_pretrained"
+        r"|engine startup|at startup|model load|during startup|unable to load|readiness|initializ|warm-?up|kv cache|加载模型|模型加载|upload"),
+    ("eval", r"evaluat|validation|during eval|infer\w*\.sh"),
+    ("generate", r"generat|llama_decode|inference|decod(?:e|ing)|sampling|prompt|\btts\b|transcri|encoder|推理|生成"),
+    ("loss", r"computing (?:the )?loss|cross_entropy|lm_head|logits"),
+    ("data", r"dataloader|data loader|collate|num_workers|preprocess"),
+    ("forward", r"forward pass|in forward|forward\(|\bforward\b|running \w+ node"),
+)  # fmt: skip
+
+
+def phase_of(finding: Finding) -> tuple[Phase, str | None]:
+    """The phase and what showed it."""
+    if finding.kind in _BY_KIND:
+        return _BY_KIND[finding.kind], None
+    if finding.frames:
+        found = _from_frames(finding.frames)
+        if found is not None:
+            return found
+    return _from_words(finding)
+
+
+def _from_frames(frames: tuple[Frame, ...]) -> tuple[Phase, str] | None:
+    """A surrounding phase, else the innermost stage, else a forward pass."""
+    inner = list(reversed(frames))
+    for rule in _SURROUNDING[2:]:
+        if hit := _first(rule, inner):
+            return hit
+    if hit := _moving_a_module(inner) or _first(_LOADING, inner):
+        if not _first(_STAGES[0], inner) and not _first(_STAGES[1], inner):
+            return hit
+    for rule in _SURROUNDING[:2]:
+        if hit := _first(rule, inner):
+            return hit
+    for frame in inner:
+        for rule in _STAGES:
+            if hit := _first(rule, [frame]):
+                return hit
+    return _first(_FORWARD, inner)
+
+
+def _moving_a_module(inner: list[Frame]) -> tuple[Phase, str] | None:
+    """`Module._apply` below `to` or `cuda`: the model goes to the card."""
+    if inner and "nn/modules/module" in inner[0].path.replace("\\", "/") and _APPLY.match(inner[0].function):
+        return "load", _shown(inner[0])
+    return None
+
+
+def _first(rule: _Rule, frames: list[Frame]) -> tuple[Phase, str] | None:
+    for frame in frames:
+        path = frame.path.replace("\\", "/")
+        if (
+            compiled(rule.functions).match(frame.function)
+            or compiled(rule.paths).search(path)
+            or (frame.source and compiled(rule.sources).search(frame.source))
+        ):
+            return rule.phase, _shown(frame)
+    return None
+
+
+def _shown(frame: Frame) -> str:
+    name = frame.path.replace("\\", "/").rpartition("/")[2]
+    return f"{frame.function} in {name}" if frame.function else name
+
+
+def _from_words(finding: Finding) -> tuple[Phase, str | None]:
+    around = finding.around.lower()
+    best: tuple[int, Phase, str] | None = None
+    middle = around.find(finding.message[:40].lower())
+    for phase, pattern in _WORDS:
+        for match in list(compiled(pattern).finditer(around))[:8]:
+            distance = abs(match.start() - max(middle, 0))
+            if best is None or distance < best[0]:
+                best = (distance, phase, match[0])
+    if best is None or best[0] > 400:
+        return "unknown", None
+    return best[1], f"the text around it says “{best[2]}”"
