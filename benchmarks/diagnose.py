@@ -1,80 +1,73 @@
-"""How well `memplan.diagnose` reads a corpus of labelled texts: `python benchmarks/diagnose.py CORPUS.jsonl`."""
+"""How well `memplan diagnose` reads labelled texts: `python benchmarks/diagnose.py CORPUS.jsonl [--misses FIELD]`.
+
+A line of the corpus is `{"text": …, "labels": {…}, "cause_ambiguous": …}`. Of several events the labels
+describe the first. Printed a field: how many texts state it, how many are read exactly, and how many of those
+that don't state it get a value all the same.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
-from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from memplan.diagnosis import diagnose
+from memplan.diagnose.parse import diagnose
 
 SIZES = (
     "requested_bytes", "total_bytes", "free_bytes", "allocated_bytes", "reserved_bytes",
     "reserved_unallocated_bytes", "process_bytes", "other_process_bytes",
 )  # fmt: skip
-NUMBERS = ("gpu", "rank", *SIZES)
-
-
-def answer(text: str) -> dict[str, Any]:
-    """The first event and the count, under the labels' names."""
-    found = diagnose(text)
-    if not found.events:
-        return {"kind": None, "phase": "unknown", "cause": "unknown", "n_ooms": 0, **dict.fromkeys(NUMBERS)}
-    event = found.events[0]
-    sizes = {name: getattr(event.figures, name) for name in ("gpu", *SIZES)}
-    return {
-        "kind": event.kind, "framework": event.framework, "phase": event.phase, "cause": event.cause,
-        "rank": event.rank, "n_ooms": found.n_ooms, **sizes,
-    }  # fmt: skip
-
-
-def score(rows: list[dict[str, Any]], *, verbose: bool) -> dict[str, tuple[int, int]]:
-    """Right and asked, for each field; `invented X` counts the texts that don't state X."""
-    right: Counter[str] = Counter()
-    asked: Counter[str] = Counter()
-
-    def count(name: str, is_right: bool, row: dict[str, Any], got: Any, wanted: Any) -> None:
-        asked[name] += 1
-        right[name] += is_right
-        if verbose and not is_right:
-            print(f"  {row['id']} {name}: {got!r}, not {wanted!r}")
-
-    for row in rows:
-        labels, got = row["labels"], answer(row["text"])
-        for name in ("kind", "n_ooms"):
-            count(name, got[name] == labels[name], row, got[name], labels[name])
-        for name in NUMBERS:
-            wanted = labels[name]
-            field = name if wanted is not None else f"invented {name}"
-            count(field, got[name] == wanted, row, got[name], wanted)
-        if labels["phase"] != "unknown":
-            count("phase", got["phase"] == labels["phase"], row, got["phase"], labels["phase"])
-        if not row.get("cause_ambiguous"):
-            count("cause", got["cause"] == labels["cause"], row, got["cause"], labels["cause"])
-    return {name: (right[name], asked[name]) for name in sorted(asked)}
+NUMBERS = (*SIZES, "gpu", "rank")
+NOTHING: Mapping[str, Any] = {}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("corpus", type=Path)
-    parser.add_argument("--only", type=Path, help="a JSON list of ids to score")
-    parser.add_argument("--without", type=Path, help="a JSON list of ids to leave out")
-    parser.add_argument("--verbose", action="store_true", help="show each miss")
-    given = parser.parse_args()
-    rows = [json.loads(line) for line in given.corpus.read_text(encoding="utf-8").splitlines()]
-    if given.only:
-        rows = [row for row in rows if row["id"] in set(json.loads(given.only.read_text()))]
-    if given.without:
-        rows = [row for row in rows if row["id"] not in set(json.loads(given.without.read_text()))]
+    parser.add_argument("--misses", help="print the texts on which this field is wrong")
+    arguments = parser.parse_args()
+    rows = [json.loads(line) for line in arguments.corpus.read_text(encoding="utf-8").splitlines()]
     started = time.perf_counter()
-    figures = score(rows, verbose=given.verbose)
-    took = time.perf_counter() - started
-    for name, (right, asked) in figures.items():
-        print(f"{name:38} {right:4} of {asked:4}  {right / asked:7.1%}")
-    print(f"{len(rows)} texts, {1000 * took / len(rows):.1f} ms a text")
+    answers = [diagnose(row["text"]).to_dict() for row in rows]
+    seconds = time.perf_counter() - started
+    pairs = list(zip(rows, answers, strict=True))
+    print(f"{len(rows)} texts, {seconds / len(rows) * 1000:.1f} ms a text")
+    print(_line("kind", *_counted(pairs, lambda label: True, "kind")))
+    for name in NUMBERS:
+        right, stated = _counted(pairs, lambda label, n=name: label[n] is not None, name)
+        invented = sum(_first(answer).get(name) is not None for row, answer in pairs if row["labels"][name] is None)
+        print(_line(name, right, stated) + f"   invented {invented} of {len(rows) - stated}")
+    print(_line("phase of the known", *_counted(pairs, lambda label: label["phase"] != "unknown", "phase")))
+    clear = [pair for pair in pairs if not pair[0].get("cause_ambiguous")]
+    print(_line("cause of the unambiguous", *_counted(clear, lambda label: True, "cause")))
+    print(_line("n_ooms", sum(row["labels"]["n_ooms"] == answer["n_ooms"] for row, answer in pairs), len(pairs)))
+    if arguments.misses:
+        _show_misses(pairs, arguments.misses)
+
+
+def _first(answer: Mapping[str, Any]) -> Mapping[str, Any]:
+    return answer["events"][0] if answer["events"] else NOTHING
+
+
+def _counted(pairs: Sequence[tuple[Any, Any]], counts: Any, name: str) -> tuple[int, int]:
+    chosen = [(row["labels"], _first(answer)) for row, answer in pairs if counts(row["labels"])]
+    return sum(label[name] == event.get(name) for label, event in chosen), len(chosen)
+
+
+def _line(name: str, right: int, count: int) -> str:
+    share = f"{right / count:6.1%}" if count else "     –"
+    return f"{name:28} {share}  {right:3} of {count:3}"
+
+
+def _show_misses(pairs: Sequence[tuple[Any, Any]], name: str) -> None:
+    for row, answer in pairs:
+        label, event = row["labels"], _first(answer)
+        if label[name] != (answer[name] if name == "n_ooms" else event.get(name)):
+            print(f"\n=== {row['id']} {name}: label {label[name]}, read {event.get(name)}; {event.get('kind')}")
+            print(row["text"][-1200:])
 
 
 if __name__ == "__main__":

@@ -131,5 +131,6 @@ WORDINGS: tuple[Wording, ...] = (
     _row("load_dispatch", None, "none", r"had weights offloaded to the disk|offload the whole model to the disk|with CPU or disk offload", "transformers, accelerate"),
     # the least that still says it
     _row("cuda_oom", None, "torch", r"torch\.(?:cuda\.)?OutOfMemoryError(?!: (?:HIP|XPU|NPU|MPS))", "torch 1.13+"),
-    _row("cuda_oom", None, "torch", r"(?:GPU|[Cc]uda|VRAM) (?:ran |run |is |runs )?(?:OOM|out of memory)|[Tt]ried to allocate (?:[\d.]{1,12} [KMG]i?B|more than 1EB)|GPU \d{0,3} has a total capaci?ty of", "prose"),
+    _row("cuda_oom", None, "torch", r"(?:GPU|[Cc]uda|VRAM) (?:ran |run |is |runs )?(?:OOM|out of memory)|[Tt]ried to allocate (?:[\d.]{1,12} [KMG]i?B|more than 1EB)", "prose"),
+    _row("cuda_oom", None, "torch", r"GPU \d{0,3} has a total capaci?ty of", "a paste that starts late"),
 )  # fmt: skip

@@ -1,0 +1,186 @@
+"""Why it ran out, and what in the text says so. What the text doesn't settle stays unknown, and is said so."""
+
+from __future__ import annotations
+
+from memplan.diagnose.types import Cause, Figures, Finding, Kind, Phase
+from memplan.diagnose.wordings import compiled
+from memplan.units import GIB, format_bytes
+
+HUGE_SHARE = 0.4
+"""Of the card, from which on the request itself is the problem."""
+FRAGMENTED_SHARE = 0.05
+"""Of the card, from which on memory that is reserved but in no tensor matters."""
+OTHERS_STATED_SHARE = 0.25
+OTHERS_INFERRED_SHARE = 0.5
+"""Of the card. What a message doesn't name may also be this process's own context and libraries."""
+_HUGE_BYTES = 32 * GIB
+"""Where the message doesn't say how large the card is."""
+_LEAK = (
+    r"memory leak|leaks? memory|keeps? (?:growing|increasing|rising)|grows? (?:every|each|over|with|until)"
+    r"|(?:gradually|steadily) (?:grow|increas|fill)|(?:越来越|逐渐|不断)(?:大|增|多)|after (?:\d+|several|a few|many) (?:steps|iterations|epochs|requests|calls)"
+    r"|\b\d+ times\b.{0,80}(?:fill|full)"
+)
+_OTHERS = (
+    r"(?:another|other) (?:process|job|model|program)\w{0,2} (?:is|was|are|already|holds?|holding|using|uses?|took|on)"
+    r"|(?:was|is|were|are) (?:still )?(?:holding|occupying|occupied by|taken by|already using)|all (?:cards|ranks|workers|processes) .{0,30}(?:same|first) (?:gpu|card)"
+    r"|挤到|占用|被占|zajęte przez"
+)
+_TORCH: frozenset[Kind] = frozenset({"cuda_oom", "hip_oom", "xpu_oom", "npu_oom", "mps_oom", "paddle_oom"})
+_FIXED: dict[Kind, Cause] = {
+    "host_oom": "host_ram",
+    "shm": "host_ram",
+    "compat": "config",
+    "load_dispatch": "config",
+    "sglang_kv": "kv_cache",
+}
+_USUAL: dict[Kind, Cause] = {
+    "nccl_oom": "capacity",
+    "ggml_oom": "capacity",
+    "metal_oom": "capacity",
+    "jax_oom": "capacity",
+    "tf_oom": "capacity",
+    "cupy_oom": "capacity",
+}
+"""These report with no figures of the card, and their pools hold nearly all of it."""
+
+Answer = tuple[Cause, tuple[str, ...]]
+
+
+def cause_of(finding: Finding, phase: Phase) -> Answer:
+    """The cause, with the evidence for it."""
+    kind, figures = finding.kind, finding.figures
+    if kind in _FIXED:
+        return _FIXED[kind], ()
+    if kind == "not_oom":
+        return _look_alike(finding)
+    if kind == "vllm_kv":
+        return _vllm(finding)
+    if "than 1eb memory" in finding.message.lower():
+        return "config", ("the size asked for is no real size: it was read from corrupt or desynchronised data",)
+    if _says(finding, _LEAK):
+        return "leak", ("the text says that use grows over time",)
+    if kind in _TORCH:
+        return _of_a_card(finding)
+    if kind == "ggml_oom" and _says(finding, r"for kv cache|kv buffer|n_ctx"):
+        return "kv_cache", ("the buffer that failed is the KV cache's",)
+    if _says(finding, _OTHERS):
+        return "other_process", ("the text speaks of something else that holds the card",)
+    if _is_huge(finding):
+        return "single_huge_allocation", (_huge(figures.requested_bytes),)
+    if kind in _USUAL:
+        return _USUAL[kind], ()
+    return "unknown", ("the message states no sizes, so the cause can't be told from it",)
+
+
+def others_bytes(figures: Figures) -> tuple[int, bool] | None:
+    """What other processes hold, and whether the message says so or it is only what is left over."""
+    if figures.other_process_bytes is not None:
+        return figures.other_process_bytes, True
+    if figures.total_bytes is None or figures.free_bytes is None:
+        return None
+    used = figures.total_bytes - figures.free_bytes
+    if figures.process_bytes is not None:
+        return max(0, used - figures.process_bytes), True
+    own = figures.reserved_bytes
+    if own is None and figures.allocated_bytes is not None and figures.reserved_unallocated_bytes is not None:
+        own = figures.allocated_bytes + figures.reserved_unallocated_bytes
+    return None if own is None else (max(0, used - own), False)
+
+
+def _of_a_card(finding: Finding) -> Answer:
+    f = finding.figures
+    requested, total, free, cached = f.requested_bytes, f.total_bytes, f.free_bytes, f.cached_bytes
+    if f.allowed_bytes is not None:
+        return "config", (f"the process may take only {format_bytes(f.allowed_bytes)}{_of(total)}: a cap is set",)
+    if requested is None and total is None:
+        return "unknown", ("the message is cut off before its figures",)
+    capacity = total or _known_use(f)
+    if requested is not None and (
+        requested >= HUGE_SHARE * capacity if capacity else requested >= 2 * _HUGE_BYTES
+    ):
+        return "single_huge_allocation", (_huge(requested, total),)
+    if requested is not None and free is not None and free >= requested:
+        text = f"{format_bytes(free)} were free, more than the {format_bytes(requested)} asked for"
+        return "unknown", (f"{text}: no lack of memory that this message shows",)
+    if cached is not None and total and requested is not None and cached >= max(requested, FRAGMENTED_SHARE * total):
+        text = f"{format_bytes(cached)} were reserved and in no tensor, more than the {format_bytes(requested)} asked for"
+        return "fragmentation", (f"{text}, but in no piece large enough",)
+    others = others_bytes(f)
+    if others is not None and total:
+        share = OTHERS_STATED_SHARE if others[1] else OTHERS_INFERRED_SHARE
+        if others[0] >= share * total:
+            how = "hold" if others[1] else "must hold"
+            return "other_process", (f"other processes {how} {format_bytes(others[0])}{_of(total)}",)
+    return _capacity(finding, requested, total, free, cached)
+
+
+def _capacity(
+    finding: Finding, requested: int | None, total: int | None, free: int | None, cached: int | None
+) -> Answer:
+    f = finding.figures
+    held = f.process_bytes or f.reserved_bytes or f.allocated_bytes
+    if total is None and free is None:
+        return "unknown", ("the message doesn't say what the card holds",)
+    if free is None and (held is None or (total and held < 0.5 * total)):
+        return "unknown", ("the message doesn't say what was free",)
+    evidence = []
+    if held is not None:
+        evidence.append(f"this process itself holds {format_bytes(held)}{_of(total)}")
+    elif free is not None:
+        evidence.append(f"{format_bytes(free)}{_of(total)} were free")
+    if cached is not None:
+        evidence.append(f"not fragmentation: {format_bytes(cached)} were cached and unused")
+    return "capacity", tuple(evidence)
+
+
+def _known_use(f: Figures) -> int | None:
+    """A lower bound of the card's size, where the message doesn't state it."""
+    if f.allocated_bytes is None or f.free_bytes is None:
+        return None
+    return f.allocated_bytes + f.free_bytes
+
+
+def _vllm(finding: Finding) -> Answer:
+    f = finding.figures
+    if "on startup" in finding.message or "free memory on device" in finding.message.lower():
+        if f.total_bytes and f.free_bytes is not None and f.total_bytes - f.free_bytes > 0.1 * f.total_bytes:
+            used = format_bytes(f.total_bytes - f.free_bytes)
+            return "other_process", (f"{used}{_of(f.total_bytes)} were taken before the engine started",)
+        return "config", ("gpu_memory_utilization asks for more than the card has free at startup",)
+    return "kv_cache", ("what is left after the weights is too little for the KV cache of this length",)
+
+
+def _look_alike(finding: Finding) -> Answer:
+    if finding.framework in ("triton",) or "too many resources" in finding.message.lower():
+        return "config", ("the kernel asks for more on-chip memory than this GPU has; the card's memory isn't short",)
+    if finding.framework in ("java", "javascript"):
+        return "host_ram", ("a virtual machine's own heap, not a GPU",)
+    return "unknown", ()
+
+
+def _is_huge(finding: Finding) -> bool:
+    requested = finding.figures.requested_bytes
+    if requested is not None:
+        return requested >= _HUGE_BYTES
+    shape = compiled(r"shape ?\[([\d, ]{1,120})\]").search(finding.message.lower())
+    elements = 1
+    for size in shape[1].split(",") if shape else ():
+        elements *= int(size or 1)
+    return elements >= _HUGE_BYTES // 4
+
+
+def _huge(requested: int | None, total: int | None = None) -> str:
+    asked = "one tensor" if requested is None else f"one request of {format_bytes(requested)}"
+    return f"{asked} is most of a card by itself" if total is None else f"{asked} alone is {_share(requested, total)} of the card"
+
+
+def _share(part: int | None, total: int) -> str:
+    return f"{(part or 0) / total:.0%}" if (part or 0) < 10 * total else f"{(part or 0) / total:,.0f} times"
+
+
+def _says(finding: Finding, pattern: str) -> bool:
+    return compiled(pattern).search(finding.around.lower()) is not None
+
+
+def _of(total: int | None) -> str:
+    return "" if total is None else f" of {format_bytes(total)}"
