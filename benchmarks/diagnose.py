@@ -38,12 +38,16 @@ def main() -> None:
     print(_line("kind", *_counted(pairs, lambda label: True, "kind")))
     for name in NUMBERS:
         right, stated = _counted(pairs, lambda label, n=name: label[n] is not None, name)
-        invented = sum(_first(answer).get(name) is not None for row, answer in pairs if row["labels"][name] is None)
+        invented = sum(
+            _first(answer).get(name) is not None for row, answer in pairs if row["labels"][name] is None
+        )
         print(_line(name, right, stated) + f"   invented {invented} of {len(rows) - stated}")
     print(_line("phase of the known", *_counted(pairs, lambda label: label["phase"] != "unknown", "phase")))
     clear = [pair for pair in pairs if not pair[0].get("cause_ambiguous")]
     print(_line("cause of the unambiguous", *_counted(clear, lambda label: True, "cause")))
-    print(_line("n_ooms", sum(row["labels"]["n_ooms"] == answer["n_ooms"] for row, answer in pairs), len(pairs)))
+    print(
+        _line("n_ooms", sum(row["labels"]["n_ooms"] == answer["n_ooms"] for row, answer in pairs), len(pairs))
+    )
     if arguments.misses:
         _show_misses(pairs, arguments.misses)
 
@@ -66,7 +70,9 @@ def _show_misses(pairs: Sequence[tuple[Any, Any]], name: str) -> None:
     for row, answer in pairs:
         label, event = row["labels"], _first(answer)
         if label[name] != (answer[name] if name == "n_ooms" else event.get(name)):
-            print(f"\n=== {row['id']} {name}: label {label[name]}, read {event.get(name)}; {event.get('kind')}")
+            print(
+                f"\n=== {row['id']} {name}: label {label[name]}, read {event.get(name)}; {event.get('kind')}"
+            )
             print(row["text"][-1200:])
 
 

@@ -41,7 +41,9 @@ def cause_of(event: Event, around: str) -> Judged:
         return _engine(event)
     figures = event.figures
     if "more than 1EB" in event.message:
-        return "config", ("a size of more than 1 EB was asked for: it was computed wrong or read from bad data",)
+        return "config", (
+            "a size of more than 1 EB was asked for: it was computed wrong or read from bad data",
+        )
     for judge in (_huge, _fragmented, _others, _capped):
         judged = judge(figures)
         if judged is not None:
@@ -171,7 +173,11 @@ def _rest(event: Event, around: str) -> Judged:
             return "unknown", (f"{format_bytes(used)} of the card were in use; by whom isn't said",)
     if event.kind == "cuda_oom" and allocated is None and figures.process_bytes is None and free is None:
         return "unknown", ("the message doesn't say what filled the card",)
-    if asked is not None or allocated is not None or event.kind in ("metal_oom", "nccl_oom", "tf_oom", "jax_oom"):
+    if (
+        asked is not None
+        or allocated is not None
+        or event.kind in ("metal_oom", "nccl_oom", "tf_oom", "jax_oom")
+    ):
         return "capacity", ("no other reason can be read from the message",)
     return "unknown", ("the message states no figures",)
 

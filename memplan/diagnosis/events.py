@@ -143,7 +143,9 @@ def _rank(reading: Reading, line: int, best: Found) -> int | None:
 
 def _stated(event: Event) -> dict[str, int]:
     return {
-        name: value for name in _SIZES if name != "gpu" and (value := getattr(event.figures, name)) is not None
+        name: value
+        for name in _SIZES
+        if name != "gpu" and (value := getattr(event.figures, name)) is not None
     }
 
 

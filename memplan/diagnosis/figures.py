@@ -76,7 +76,9 @@ def _torch(message: str) -> Figures:
         total_bytes=_first(
             message, "total capaci?ty of SIZE", "SIZE total capaci?ty", "Device limit ?: ?SIZE"
         ),
-        free_bytes=_first(message, "of which SIZE is free", r"SIZE free\b", r"Free \(according to CUDA\) ?: ?SIZE"),
+        free_bytes=_first(
+            message, "of which SIZE is free", r"SIZE free\b", r"Free \(according to CUDA\) ?: ?SIZE"
+        ),
         allocated_bytes=allocated,
         reserved_bytes=reserved,
         reserved_unallocated_bytes=unallocated,
@@ -126,6 +128,7 @@ def _ggml(message: str) -> Figures:
     return Figures(
         gpu=_number(message, r"on device (\d{1,3})", r"current device: (\d{1,3})", r"\b(?:CUDA|ROCm|Vulkan|SYCL)(\d{1,2}) buffer"),
         requested_bytes=_first(message, "allocating SIZE on device")
+        or _first(message, "size = SIZE")
         or _number(message, r"buffers? (?:of size|with size|size) ?=? ?(\d{4,20})\b", r"allocation of size (\d{4,20})"),
     )  # fmt: skip
 
@@ -133,8 +136,15 @@ def _ggml(message: str) -> Figures:
 def _bytes(message: str) -> Figures:
     return Figures(
         requested_bytes=_first(
-            message, "tried to allocate SIZE", "(?:Out of memory|out_of_memory)[^.]{0,40} allocating SIZE"
-        ),
+            message,
+            "tried to allocate SIZE",
+            "(?:Out of memory|out_of_memory)[^.]{0,40} allocating SIZE",
+            r"GPU memory \(SIZE\)",
+            "Requested size was SIZE",
+            "allocate tensor with SIZE",
+            r"attempted to allocate SIZE",
+        )
+        or _number(message, r"malloc of size (\d{1,20})", r"large alloc (\d{1,20})"),
         allocated_bytes=_first(message, "allocated so far: SIZE"),
         total_bytes=_first(message, "limit set to: SIZE"),
     )
@@ -149,7 +159,9 @@ def _tensorflow(message: str) -> Figures:
     requested = None
     if shape is not None and shape[2] in _DTYPE_BYTES:
         requested = math.prod(int(n) for n in shape[1].split(",") if n.strip()) * _DTYPE_BYTES[shape[2]]
-    return Figures(gpu=_number(message, r"device:GPU:(\d{1,3})", r"\bGPU_(\d{1,3})_bfc"), requested_bytes=requested)
+    return Figures(
+        gpu=_number(message, r"device:GPU:(\d{1,3})", r"\bGPU_(\d{1,3})_bfc"), requested_bytes=requested
+    )
 
 
 def _xla(message: str) -> Figures:
@@ -161,7 +173,11 @@ def _xla(message: str) -> Figures:
             r"\(rounded to (\d{1,20})\)",
             r"\((\d{1,20}) ?(?:bytes|B)\)",
         )
-        or _first(message, "(?:trying to allocate|[Ff]ailed to allocate|request for) SIZE"),
+        or _first(
+            message,
+            "(?:trying to allocate|[Ff]ailed to allocate|request for|Attempting to (?:reserve|allocate)) SIZE",
+        ),
+        free_bytes=_first(message, "There are SIZE free"),
         total_bytes=_first(message, r"Used [\d.]{1,12}[KMGT]? of SIZE"),
         allocated_bytes=None,
     )
@@ -170,7 +186,12 @@ def _xla(message: str) -> Figures:
 def _paddle(message: str) -> Figures:
     return Figures(
         gpu=_number(message, r"on GPU (\d{1,3})"),
-        requested_bytes=_first(message, "Cannot allocate SIZE memory", "Fail to alloc memory of SIZE"),
+        requested_bytes=_first(
+            message,
+            "Cannot allocate SIZE memory",
+            "Fail to alloc memory of SIZE",
+            r"Fail to alloc memory of (\d{1,20}) ()size",
+        ),
         free_bytes=_first(message, "available memory is only SIZE"),
         allocated_bytes=_first(message, "SIZE memory has been allocated"),
     )
@@ -178,7 +199,9 @@ def _paddle(message: str) -> Figures:
 
 def _ort(message: str) -> Figures:
     return Figures(
-        requested_bytes=_number(message, r"requested buffer of size (\d{1,20})", r"requested bytes of (\d{1,20})"),
+        requested_bytes=_number(
+            message, r"requested buffer of size (\d{1,20})", r"requested bytes of (\d{1,20})"
+        ),
         free_bytes=_number(message, r"Available memory of (\d{1,20})"),
     )
 
@@ -207,6 +230,13 @@ def _cuda(message: str) -> Figures:
     )
 
 
+def _requires(message: str) -> Figures:
+    return Figures(
+        requested_bytes=_first(message, r"requires more system memory \(SIZE"),
+        free_bytes=_first(message, r"than is available \(SIZE"),
+    )
+
+
 def _kernel(message: str) -> Figures:
     return Figures(
         process_bytes=_first(message, "anon-rss:? ?~?SIZE"),
@@ -217,7 +247,10 @@ def _kernel(message: str) -> Figures:
 def _limit(message: str) -> Figures:
     return Figures(
         total_bytes=_first(
-            message, r"[Ll]imits?: [^.]{0,60}?memory: {0,4}SIZE", r"memory limit(?: of|:)? \(?SIZE", r"limit: SIZE"
+            message,
+            r"[Ll]imits?: [^.]{0,60}?memory: {0,4}SIZE",
+            r"memory limit(?: of|:)? \(?SIZE",
+            r"limit: SIZE",
         )
     )
 
@@ -233,5 +266,5 @@ def _ray(message: str) -> Figures:
 _FAMILIES: Mapping[str, Callable[[str], Figures]] = {
     "torch": _torch, "mps": _mps, "metal": _metal, "ggml": _ggml, "bytes": _bytes, "numpy": _numpy,
     "tf": _tensorflow, "xla": _xla, "paddle": _paddle, "ort": _ort, "vllm": _engine, "cuda": _cuda,
-    "kernel": _kernel, "limit": _limit, "ray": _ray, "none": lambda _: Figures(), "nccl": lambda _: Figures(),
+    "requires": _requires, "kernel": _kernel, "limit": _limit, "ray": _ray, "none": lambda _: Figures(), "nccl": lambda _: Figures(),
 }  # fmt: skip

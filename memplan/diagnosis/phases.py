@@ -69,7 +69,9 @@ _PROSE: tuple[tuple[Phase, re.Pattern[str]], ...] = (
     ("data", _words(r"(?i)data ?loader|dataset|collat|preprocess|\bbatch(?:es)? to (?:the )?(?:gpu|device|cuda)|tokeni[sz]")),
     ("forward", _words(r"(?i)\bforward\b|\bactivations?\b|前向|running \w{1,20} node|_ops\.cc")),
 )  # fmt: skip
-_ADVICE = re.compile(r"If reserved .*|See documentation .*|Compile with .*|For debugging .*|CUDA kernel errors .*")
+_ADVICE = re.compile(
+    r"If reserved .*|See documentation .*|Compile with .*|For debugging .*|CUDA kernel errors .*"
+)
 _PROGRESS = re.compile(r"Loading (?:checkpoint shards|weights|pipeline components|safetensors)\b")
 _ENGINES = re.compile(
     r"(?i)/(?:vllm|sglang|diffusers|text_generation_server|comfyui|whisper|ctranslate2|tts|lmdeploy|exllama\w{0,3})\b[^ ]*"
