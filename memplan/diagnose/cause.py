@@ -13,6 +13,9 @@ FRAGMENTED_SHARE = 0.05
 OTHERS_STATED_SHARE = 0.25
 OTHERS_INFERRED_SHARE = 0.5
 """Of the card. What a message doesn't name may also be this process's own context and libraries."""
+ROOM_SHARE = 0.02
+"""Of the card, by which the free memory must exceed the request to speak against a lack: torch asks the driver
+for whole segments, and the driver keeps some for itself."""
 _HUGE_BYTES = 32 * GIB
 """Where the message doesn't say how large the card is."""
 _LEAK = (
@@ -99,7 +102,7 @@ def _of_a_card(finding: Finding) -> Answer:
         requested >= HUGE_SHARE * capacity if capacity else requested >= 2 * _HUGE_BYTES
     ):
         return "single_huge_allocation", (_huge(requested, total),)
-    if requested is not None and free is not None and free >= requested:
+    if requested is not None and free is not None and free >= requested + ROOM_SHARE * (total or 0):
         text = f"{format_bytes(free)} were free, more than the {format_bytes(requested)} asked for"
         return "unknown", (f"{text}: no lack of memory that this message shows",)
     if cached is not None and total and requested is not None and cached >= max(requested, FRAGMENTED_SHARE * total):

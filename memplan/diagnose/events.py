@@ -99,10 +99,16 @@ def _finding(stream: Stream, hit: _Hit, floor: int, ceiling: int) -> Finding:
         line=line.number,
         message=stream.flat[hit.start : end],
         around=stream.flat[max(0, hit.start - _AROUND) : hit.start + _LONGEST_MESSAGE],
-        rank=line.rank,
+        rank=line.rank if line.rank is not None else _stated_rank(stream.lower[hit.start : end]),
         figures=read_figures(kind, stream.lower[start:end]),
         frames=frames_of(stream, index, since),
     )
+
+
+def _stated_rank(message: str) -> int | None:
+    """The rank that a launcher's report names: `rank : 3 (local_rank: 1)`, `local_rank: 0 (pid: 192)`."""
+    match = compiled(r"\b(?:local_)?rank {0,8}: ?(\d{1,5})\b").search(message, 0, 240)
+    return int(match[1]) if match else None
 
 
 def _is_same(known: Finding, other: Finding) -> bool:

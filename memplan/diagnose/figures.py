@@ -113,7 +113,7 @@ _PATTERNS: Mapping[Kind, Mapping[str, tuple[str, ...]]] = {
     },
     "host_oom": {
         "requested_bytes": (rf"(?:tried|want) to allocate {_S}", rf"unable to allocate {_S}"),
-        "process_bytes": (rf"anon-rss: ?{_S}",),
+        "process_bytes": (rf"anon-rss\W{{1,3}}{_S}",),
         "total_bytes": (
             rf"\bwas {SIZE} / {_S}",
             rf"{SIZE} / {_S} \(0?\.\d{{1,9}}\)",

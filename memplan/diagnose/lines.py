@@ -24,7 +24,7 @@ _BORDER = re.compile(r"[ ]{0,400}[│┃║|]\s*$")
 _PREFIXES = tuple(
     re.compile(pattern)
     for pattern in (
-        r"\[(?:rank|default|Rank |RANK )\s?(?P<rank>\d{1,5})\]:? ?",  # torch's excepthook, torchrun --tee
+        r"\s{0,16}\[(?:rank|default|Rank |RANK )\s?(?P<rank>\d{1,5})\]:? ?",  # torch's excepthook, torchrun --tee
         r"(?:rank|Rank) ?(?P<rank>\d{1,5}): ",
         r"\[\d{1,5},(?P<rank>\d{1,5})\]<std(?:err|out)>: ?",  # mpirun --tag-output
         r"\((?:[A-Za-z]{1,40}_TP)(?P<rank>\d{1,4})[^()]{0,60}\) ?",  # vLLM's workers

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from memplan.diagnose.cause import cause_of
+from memplan.diagnose.compat import Entry, found_in
 from memplan.diagnose.events import findings_of, merged
-from memplan.diagnose.lines import split_lines, streams
+from memplan.diagnose.fixes import advice_for
+from memplan.diagnose.frames import frames_of
+from memplan.diagnose.lines import Stream, split_lines, streams
 from memplan.diagnose.phase import phase_of
-from memplan.diagnose.types import NOT_OOM, Diagnosis, Event, Finding
+from memplan.diagnose.tool import tool_of
+from memplan.diagnose.types import NOT_OOM, Advice, CompatMatch, Diagnosis, Event, Finding
 
 _MOST_EVENTS = 200
-
-
-def diagnose_rows(rows: list[tuple[int, str]], n_lines: int) -> Diagnosis:
-    """The diagnosis of numbered lines."""
-    findings = [finding for stream in streams(rows) for finding in findings_of(stream)]
-    distinct = merged(findings)
-    events = tuple(_event(finding, echoes) for finding, echoes in distinct[:_MOST_EVENTS])
-    n_ooms = sum(finding.kind not in NOT_OOM for finding, _ in distinct)
-    return Diagnosis(events=events, compat=(), n_ooms=n_ooms, n_lines=n_lines)
 
 
 def diagnose(text: str) -> Diagnosis:
@@ -26,7 +24,20 @@ def diagnose(text: str) -> Diagnosis:
     return diagnose_rows(rows, rows[-1][0] if rows else 0)
 
 
+def diagnose_rows(rows: Sequence[tuple[int, str]], n_lines: int) -> Diagnosis:
+    """The same for numbered lines, which may leave some of a log out."""
+    parts = streams(rows)
+    distinct = merged([finding for stream in parts for finding in findings_of(stream)])
+    events = tuple(_event(finding, echoes) for finding, echoes in distinct[:_MOST_EVENTS])
+    conflicts = [(entry, stream, offset) for stream in parts for entry, offset in found_in(stream)]
+    if not events:
+        events = tuple(_conflict(*conflict) for conflict in conflicts[:1] if conflict[0].level == "error")
+    n_ooms = sum(finding.kind not in NOT_OOM for finding, _ in distinct)
+    return Diagnosis(events=events, compat=_matches(conflicts), n_ooms=n_ooms, n_lines=n_lines)
+
+
 def _event(finding: Finding, echoes: int) -> Event:
+    finding = replace(finding, framework=tool_of(finding))
     phase, shown_by = phase_of(finding)
     cause, evidence = cause_of(finding, phase)
     if shown_by:
@@ -39,7 +50,31 @@ def _event(finding: Finding, echoes: int) -> Event:
         phase=phase,
         cause=cause,
         evidence=evidence,
-        advice=(),
+        advice=advice_for(finding, phase, cause),
         line=finding.line,
         echoes=echoes,
     )
+
+
+def _conflict(entry: Entry, stream: Stream, offset: int) -> Event:
+    """A known conflict as the event of a text that has no other."""
+    index = stream.index_at(offset)
+    line = stream.lines[index]
+    finding = Finding(
+        kind=entry.kind,
+        framework="python",
+        line=line.number,
+        message=stream.flat[offset : offset + 300],
+        around=stream.flat[max(0, offset - 500) : offset + 300],
+        rank=line.rank,
+        frames=frames_of(stream, index, 0),
+    )
+    event = _event(finding, 0)
+    return replace(event, evidence=(entry.cause, *event.evidence), advice=(Advice(text=entry.fix),))
+
+
+def _matches(conflicts: Sequence[tuple[Entry, Stream, int]]) -> tuple[CompatMatch, ...]:
+    matches: dict[str, CompatMatch] = {}
+    for entry, stream, offset in conflicts:
+        matches.setdefault(entry.id, entry.match(stream.lines[stream.index_at(offset)].number))
+    return tuple(matches.values())

@@ -31,7 +31,7 @@ _SURROUNDING = (
         functions=r"(?:.*\.)?(?:_?generate\w*|_sample|_?greedy_search|_?beam_search|_contrastive_search|decode_loop"
         r"|sample_stream|stream_chat|chat|infer(?:ence)?(?:_\w+)?|execute_model|transcribe|text2img|img2img"
         r"|txt2img|render_\w+|sampl(?:e|ing)(?:_\w+)?|p_sample\w*|(?:run|encode|decode)_(?:vae|image|video)\w*)$",
-        paths=r"transformers/generation/|/diffusers/pipelines/|/pipelines/\w+\.py$|k_diffusion|comfy/samplers",
+        paths=r"transformers/generation/|/diffusers/pipelines/|/pipelines/\w+\.py$|k_diffusion|(?i:comfyui|stable-diffusion)",
         sources=r"\.generate\(",
     ),
     _Rule(
@@ -98,10 +98,10 @@ _WORDS: tuple[tuple[Phase, str], ...] = (
     ("optimizer", r"optimi[sz]er\.step|optim(?:izer)? step|optimizer state"),
     ("save", r"(?:while|when|during|before|at|on) (?:\w+ )?(?:sav(?:e|ing)|checkpointing)|save_pretrained|保存"),
     ("load", r"loading (?:the )?(?:checkpoint|model|weights|shards)|llama_model_load|load_tensors|failed to load model|load(?:ing)? (?:of )?(?:the )?model|from_pretrained"
-        r"|engine startup|at startup|model load|during startup|unable to load|readiness|initializ|warm-?up|kv cache|加载模型|模型加载|upload"),
+        r"|engine startup|at startup|model load|during startup|unable to load|readiness|initializ|warm-?up|kv cache|加载模型|模型加载|upload|while importing|model weights"),
     ("eval", r"evaluat|validation|during eval|infer\w*\.sh"),
     ("generate", r"generat|llama_decode|inference|decod(?:e|ing)|sampling|prompt|\btts\b|transcri|encoder|推理|生成"),
-    ("loss", r"computing (?:the )?loss|cross_entropy|lm_head|logits"),
+    ("loss", r"computing (?:the )?loss|cross_entropy|lm_head"),
     ("data", r"dataloader|data loader|collate|num_workers|preprocess"),
     ("forward", r"forward pass|in forward|forward\(|\bforward\b|running \w+ node"),
 )  # fmt: skip
@@ -170,6 +170,6 @@ def _from_words(finding: Finding) -> tuple[Phase, str | None]:
             distance = abs(match.start() - max(middle, 0))
             if best is None or distance < best[0]:
                 best = (distance, phase, match[0])
-    if best is None or best[0] > 400:
+    if best is None or best[0] > 600:
         return "unknown", None
     return best[1], f"the text around it says “{best[2]}”"
