@@ -10,6 +10,8 @@ HUGE_SHARE = 0.4
 """Of the card, from which on the request itself is the problem."""
 FRAGMENTED_SHARE = 0.05
 """Of the card, from which on memory that is reserved but in no tensor matters."""
+CACHED_INFERRED_SHARE = 0.15
+"""The same where only reserved and allocated are stated, as torch did to 2.0."""
 OTHERS_STATED_SHARE = 0.25
 OTHERS_INFERRED_SHARE = 0.5
 """Of the card. What a message doesn't name may also be this process's own context and libraries."""
@@ -27,6 +29,10 @@ _OTHERS = (
     r"(?:another|other) (?:process|job|model|program)\w{0,2} (?:is|was|are|already|holds?|holding|using|uses?|took|on)"
     r"|(?:was|is|were|are) (?:still )?(?:holding|occupying|occupied by|taken by|already using)|all (?:cards|ranks|workers|processes) .{0,30}(?:same|first) (?:gpu|card)"
     r"|挤到|占用|被占|zajęte przez"
+)
+_TOO_LARGE = (
+    r"batch.{0,24}(?:过大|太大|调小|too (?:large|big|high))|(?:too (?:large|big)|larger?) (?:a )?(?:batch|model)|(?:reduc|lower|decreas|shrink)\w{0,4} (?:the |your )?batch"
+    r"|smaller (?:batch|model)|显存(?:不足|不够)|not enough (?:gpu|video|v)"
 )
 _TORCH: frozenset[Kind] = frozenset({"cuda_oom", "hip_oom", "xpu_oom", "npu_oom", "mps_oom", "paddle_oom"})
 _FIXED: dict[Kind, Cause] = {
@@ -64,15 +70,22 @@ def cause_of(finding: Finding, phase: Phase) -> Answer:
         return "leak", ("the text says that use grows over time",)
     if kind in _TORCH:
         return _of_a_card(finding)
-    if kind == "ggml_oom" and _says(finding, r"for kv cache|kv buffer|n_ctx"):
-        return "kv_cache", ("the buffer that failed is the KV cache's",)
+    if kind in ("ggml_oom", "metal_oom") and _says(finding, r"kv[ -]cache|kv buffer|n_ctx"):
+        return "kv_cache", ("the text names the KV cache",)
     if _says(finding, _OTHERS):
         return "other_process", ("the text speaks of something else that holds the card",)
     if _is_huge(finding):
         return "single_huge_allocation", (_huge(figures.requested_bytes),)
     if kind in _USUAL:
         return _USUAL[kind], ()
-    return "unknown", ("the message states no sizes, so the cause can't be told from it",)
+    return _by_its_own_words(finding, "the message states no sizes, so the cause can't be told from it")
+
+
+def _by_its_own_words(finding: Finding, unless: str) -> Answer:
+    """The cause that the text around puts it down to, for messages that say nothing themselves."""
+    if _says(finding, _TOO_LARGE):
+        return "capacity", ("the message states no sizes; the text around it speaks of too large a batch or model",)
+    return "unknown", (unless,)
 
 
 def others_bytes(figures: Figures) -> tuple[int, bool] | None:
@@ -105,7 +118,7 @@ def _of_a_card(finding: Finding) -> Answer:
     if requested is not None and free is not None and free >= requested + ROOM_SHARE * (total or 0):
         text = f"{format_bytes(free)} were free, more than the {format_bytes(requested)} asked for"
         return "unknown", (f"{text}: no lack of memory that this message shows",)
-    if cached is not None and total and requested is not None and cached >= max(requested, FRAGMENTED_SHARE * total):
+    if cached is not None and total and requested is not None and _is_fragmented(f, cached, requested, total):
         text = f"{format_bytes(cached)} were reserved and in no tensor, more than the {format_bytes(requested)} asked for"
         return "fragmentation", (f"{text}, but in no piece large enough",)
     others = others_bytes(f)
@@ -117,13 +130,20 @@ def _of_a_card(finding: Finding) -> Answer:
     return _capacity(finding, requested, total, free, cached)
 
 
+def _is_fragmented(f: Figures, cached: int, requested: int, total: int) -> bool:
+    is_stated = f.reserved_unallocated_bytes is not None
+    share = FRAGMENTED_SHARE if is_stated else CACHED_INFERRED_SHARE
+    # Windows lets a process reserve beyond the card: then the card is full, whatever is cached
+    return cached >= max(requested, share * total) and (f.reserved_bytes or 0) <= total
+
+
 def _capacity(
     finding: Finding, requested: int | None, total: int | None, free: int | None, cached: int | None
 ) -> Answer:
     f = finding.figures
     held = f.process_bytes or f.reserved_bytes or f.allocated_bytes
     if total is None and free is None:
-        return "unknown", ("the message doesn't say what the card holds",)
+        return _by_its_own_words(finding, "the message doesn't say what the card holds")
     if free is None and (held is None or (total and held < 0.5 * total)):
         return "unknown", ("the message doesn't say what was free",)
     evidence = []

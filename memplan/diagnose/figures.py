@@ -76,8 +76,10 @@ _PATTERNS: Mapping[Kind, Mapping[str, tuple[str, ...]]] = {
             rf"trying to allocate {_S}",
             rf"(?:attempting to allocate|failed to allocate request for|out of memory allocating) {_S}",
             r"trying to allocate (\d{5,20})\b",
+            rf"used {_S} of {SIZE}",
+            r"allocation \(size=(\d{1,20})\)",
         ),
-        "total_bytes": (rf"used {SIZE} of {_S}",),
+        "total_bytes": (rf"used {SIZE} of {_S}", r"exceed memory \(size=(\d{1,20})\)"),
         "free_bytes": (rf"there are {_S} free", rf"only {_S} (?:free|available)"),
         "gpu": (r"device ordinal (\d{1,3})\b",),
     },
@@ -121,11 +123,11 @@ _PATTERNS: Mapping[Kind, Mapping[str, tuple[str, ...]]] = {
             rf"\b(?:usage|memory): usage \d{{1,16}}kb, limit {_S}",
         ),
     },
-    "cuda_error_oom": {"gpu": (r"on device cuda:(\d{1,3})\b", r"current device: (\d{1,3})\b")},
+    "cuda_error_oom": {"gpu": (r"on device cuda:(\d{1,3})\b", r"current device: (\d{1,3})\b", r"\bgpu (\d{1,3})\b[\w ]{0,20}: ?cuda ")},
     "shm": {"requested_bytes": (r"shared memory segment \S{1,80} \(size (\d{1,20})\)",)},
 }
 _PROCESS = rf"(this process|process(?: \d{{1,12}})?) has {_S}(?: memory)? in use"
-BEFORE: Mapping[Kind, int] = {"ggml_oom": 200, "host_oom": 260, "vllm_kv": 120, "tf_oom": 0, "ort_oom": 120}
+BEFORE: Mapping[Kind, int] = {"ggml_oom": 200, "host_oom": 260, "vllm_kv": 120, "tf_oom": 0, "ort_oom": 120, "cuda_error_oom": 30}
 """Characters before the recognised words that belong to the message."""
 
 

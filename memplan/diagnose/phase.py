@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from memplan.diagnose.types import Finding, Frame, Kind, Phase
 from memplan.diagnose.wordings import compiled
 
-_BY_KIND: dict[Kind, Phase] = {
-    "vllm_kv": "load",
-    "load_dispatch": "load",
-    "shm": "data",
-}
+_BY_KIND: dict[Kind, Phase] = {"vllm_kv": "load", "load_dispatch": "load", "shm": "data"}
+_UNLESS_SHOWN: dict[Kind, Phase] = {"metal_oom": "generate"}
+"""What these kinds mostly fall in, where neither frames nor words say otherwise."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ _SURROUNDING = (
     _Rule(
         "generate",
         functions=r"(?:.*\.)?(?:_?generate\w*|_sample|_?greedy_search|_?beam_search|_contrastive_search|decode_loop"
-        r"|sample_stream|stream_chat|chat|infer(?:ence)?(?:_\w+)?|execute_model|transcribe|text2img|img2img"
+        r"|sample_stream|stream_chat|chat|execute_model|\w*prefill\w*|transcribe|text2img|img2img"
         r"|txt2img|render_\w+|sampl(?:e|ing)(?:_\w+)?|p_sample\w*|(?:run|encode|decode)_(?:vae|image|video)\w*)$",
         paths=r"transformers/generation/|/diffusers/pipelines/|/pipelines/\w+\.py$|k_diffusion|(?i:comfyui|stable-diffusion)",
         sources=r"\.generate\(",
@@ -94,17 +92,19 @@ _FORWARD = _Rule(
 )
 _APPLY = re.compile(r"(?:.*\.)?(?:_apply|convert|cuda|to|<lambda>|half|float)$")
 _WORDS: tuple[tuple[Phase, str], ...] = (
-    ("backward", r"_execution_engine|\.backward\(|backward pass|during backward|in backward|conv_grad|gradtape|反向传播"),
-    ("optimizer", r"optimi[sz]er\.step|optim(?:izer)? step|optimizer state"),
+    ("backward", r"_execution_engine|\.backward\(|\bbackward\b|conv_grad|gradtape|反向传播"),
+    ("optimizer", r"optimi[sz]er\.step|optim(?:izer)? step|optimizer states?\b|优化器"),
     ("save", r"(?:while|when|during|before|at|on) (?:\w+ )?(?:sav(?:e|ing)|checkpointing)|save_pretrained|保存"),
-    ("load", r"loading (?:the )?(?:checkpoint|model|weights|shards)|llama_model_load|load_tensors|failed to load model|load(?:ing)? (?:of )?(?:the )?model|from_pretrained"
-        r"|engine startup|at startup|model load|during startup|unable to load|readiness|initializ|warm-?up|kv cache|加载模型|模型加载|upload|while importing|model weights"),
-    ("eval", r"evaluat|validation|during eval|infer\w*\.sh"),
-    ("generate", r"generat|llama_decode|inference|decod(?:e|ing)|sampling|prompt|\btts\b|transcri|encoder|推理|生成"),
-    ("loss", r"computing (?:the )?loss|cross_entropy|lm_head"),
-    ("data", r"dataloader|data loader|collate|num_workers|preprocess"),
-    ("forward", r"forward pass|in forward|forward\(|\bforward\b|running \w+ node"),
+    ("load", r"loading (?:the )?(?:checkpoint|model|weights|shards|pipeline)|llama_model_load|load_tensors|load(?:s|ed|ing)? (?:of )?(?:the |a |your )?(?:\w+ )?(?:model|weights|checkpoint)\b"
+        r"|from_pretrained|prepare_model_for|engine (?:startup|start|init)|(?:at|on|during) startup|model load|unable to load|error loading|dll load|readiness|\binitializ|\bwarm-?up\b"
+        r"|mem-fraction-static|加载模型|模型加载|加载|upload|while importing|model weights"),
+    ("eval", r"\bevaluat|validation|during eval|\binfer(?:ence|ring)?(?:\b|_)|推理|测试"),
+    ("generate", r"\bgenerat|llama_decode|\bdecod(?:e|ing)\b|\bprefill|\bsampling\b|\bprompt\b|\btts\b|transcri|\bencoder\b|生成"),
+    ("loss", r"comput\w{1,3} (?:the )?loss|loss ?计算|计算 ?loss|cross_entropy|lm_head|logits.{0,24}(?:float|fp32|upcast)"),
+    ("data", r"dataloader|data loader|\bcollate|num_workers|preprocess"),
+    ("forward", r"forward pass|in forward|\bforward\b|running \w+ node|\bf\.(?:conv|linear|layer_norm|scaled_dot|softmax)|_conv_forward|前向"),
 )  # fmt: skip
+_GENERATIVE = r"\bllm\b|token|prompt|diffus|\bvae\b|llama|\bchat|vllm|gpt|qwen|max_new_tokens|comfyui|text-to-|\btts\b"
 
 
 def phase_of(finding: Finding) -> tuple[Phase, str | None]:
@@ -115,7 +115,10 @@ def phase_of(finding: Finding) -> tuple[Phase, str | None]:
         found = _from_frames(finding.frames)
         if found is not None:
             return found
-    return _from_words(finding)
+    if finding.kind == "sglang_kv" and "mem-fraction-static" in finding.message.lower():
+        return "load", None
+    found = _from_words(finding)
+    return found or (_UNLESS_SHOWN.get(finding.kind, "unknown"), None)
 
 
 def _from_frames(frames: tuple[Frame, ...]) -> tuple[Phase, str] | None:
@@ -161,7 +164,7 @@ def _shown(frame: Frame) -> str:
     return f"{frame.function} in {name}" if frame.function else name
 
 
-def _from_words(finding: Finding) -> tuple[Phase, str | None]:
+def _from_words(finding: Finding) -> tuple[Phase, str] | None:
     around = finding.around.lower()
     best: tuple[int, Phase, str] | None = None
     middle = around.find(finding.message[:40].lower())
@@ -171,5 +174,7 @@ def _from_words(finding: Finding) -> tuple[Phase, str | None]:
             if best is None or distance < best[0]:
                 best = (distance, phase, match[0])
     if best is None or best[0] > 600:
-        return "unknown", None
+        return None
+    if best[1] == "eval" and "infer" in best[2] and compiled(_GENERATIVE).search(around):
+        return "generate", f"the text around it says “{best[2]}”"
     return best[1], f"the text around it says “{best[2]}”"

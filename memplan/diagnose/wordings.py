@@ -94,7 +94,7 @@ WORDINGS: tuple[Wording, ...] = (
     Wording("xpu_oom", "sycl", "error_out_of_resources", r"(?:ur_result|ze_result|pi)_error_out_of_resources", "oneAPI unified runtime, ur_api.h"),
     Wording("npu_oom", "pytorch", "el0004", r"el0004: ?(?:\[pid: \d{1,9}\] )?.{0,40}failed to allocate memory", "CANN runtime"),
     # serving engines
-    Wording("vllm_kv", "vllm", "to serve at least one request", r"to serve at least one request with the model(?:'s)? max(?:imum)? seq", "vllm/v1/core/kv_cache_utils.py, 0.8"),
+    Wording("vllm_kv", "vllm", "to serve at least one request", r"to serve at least one request with the model\S{0,3} max(?:imum)? seq", "vllm/v1/core/kv_cache_utils.py, 0.8"),
     Wording("vllm_kv", "vllm", "no available memory for the cache blocks", r"no available memory for the cache blocks", "vllm/worker/worker.py 0.2 to 0.17"),
     Wording("vllm_kv", "vllm", "free memory on device", r"free memory on device (?:\w{1,8}:\d{1,3} )?\(", "vllm/v1/worker/utils.py"),
     Wording("vllm_kv", "vllm", "the model's max seq len", r"the model's max seq len \(\d{1,9}\) is larger than the maximum number of tokens", "vllm/executor/executor_base.py 0.2 to 0.9"),
