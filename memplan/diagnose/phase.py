@@ -15,12 +15,17 @@ _UNLESS_SHOWN: dict[Kind, Phase] = {"metal_oom": "generate"}
 
 @dataclass(frozen=True)
 class _Rule:
-    """A phase and what shows it: names of functions, parts of paths, words of the source line."""
+    """A phase and what shows it: names of functions, parts of paths, words of the source line.
+
+    A source line may call something else before what the rule looks for, `loss_of(model(x)).backward()`, so
+    it counts only where torch alone is below it, or nothing at all for `innermost` rules.
+    """
 
     phase: Phase
     functions: str = r"(?!)"
     paths: str = r"(?!)"
     sources: str = r"(?!)"
+    innermost: bool = False
 
 
 _SURROUNDING = (
@@ -42,15 +47,15 @@ _SURROUNDING = (
         "save",
         functions=r"(?:.*\.)?(?:_?save(?:_\w+)?|save_\w+|_save\w*|merge_and_unload|state_dict|full_state_dict|get_model_state_dict"
         r"|_full_post_state_dict_hook|_gather_state_dict|consolidate\w*|export\w*)$",
-        paths=r"torch/serialization|distributed/checkpoint/state_dict|safetensors/torch\.py$",
-        sources=r"\.save_pretrained\(|torch\.save\(|\.state_dict\(\)",
+        paths=r"distributed/checkpoint/state_dict",
+        sources=r"\.save_pretrained\(|torch\.save\(|\.state_dict\(\)|merge_and_unload\(",
     ),
 )
 """Phases that contain others: a forward pass within `generate` is generating."""
 _LOADING = _Rule(
     "load",
     functions=r"(?:.*\.)?(?:_?from_pretrained|from_single_file|from_checkpoint|_?load(?:_\w+)?|load_\w+|_load_\w+|build_model\w*|create_model\w*"
-    r"|_move_model_to_device|dispatch_model|prepare_model\w*|_prepare_\w+model|init_device|init_model\w*|init_worker\w*|initialize\w*|_initialize\w*"
+    r"|_move_model_to_device|_?deserialize\w*|dispatch_model|prepare_model\w*|_prepare_\w+model|init_device|init_model\w*|init_worker\w*|initialize\w*|_initialize\w*"
     r"|profile_run|determine_(?:num_)?available\w*|_init_executor|_materialize_copy|get_peft_model|inject_adapter|_init_flat_param\w*"
     r"|fully_shard|flatten_tensors\w*|_allocate_kv_cache\w*|warm_?up\w*|capture_model|_sync_module_states|move_\w*_to_device|setup_model\w*)$",
     paths=r"core_model_loading|integrations/accelerate|model_loader|/fsdp/(?:_flat_param|_init_utils|_fully_shard/_fsdp_init)"
@@ -64,12 +69,14 @@ _STAGES = (
         r"|_update_scale|unscale_|initialize_optimizer_states|multi_tensor_applier|_fused_\w+)$",
         paths=r"torch/optim/(?!lr_scheduler)|bitsandbytes/optim|/optimizers?/|_optimizer\.py$|accelerate/optimizer|apex/optimizers|/zero/stage_\w+\.py$",
         sources=r"optim(?:izer)?\w*\.step\(|clip_grad_norm_",
+        innermost=True,
     ),
     _Rule(
         "backward",
         functions=r"(?:.*\.)?(?:backward\w*|run_backward|_engine_run_backward|_backward\w*|\w+_backward|autograd_\w+)$",
         paths=r"torch/_tensor\.py$|torch/tensor\.py$|torch/autograd/(?:__init__|graph)",
         sources=r"\.backward\(",
+        innermost=True,
     ),
     _Rule(
         "data",
@@ -80,7 +87,7 @@ _STAGES = (
     ),
     _Rule(
         "loss",
-        functions=r"(?:.*\.)?(?:cross_entropy\w*|\w*loss\w*|ForCausalLMLoss|criterion|nll_\w+|_?log_softmax|get_batch_logps|_get_per_token_logps\w*|selective_log_softmax)$",
+        functions=r"(?:.*\.)?(?:cross_entropy\w*|(?:(?!compute)\w+_)?loss(?:_fn|_func|_function)?|\w+Loss|criterion|nll_\w+|_?log_softmax|get_batch_logps|_get_per_token_logps\w*|selective_log_softmax)$",
         paths=r"transformers/loss/|/losses?/|loss\w*\.py$|modules/loss",
         sources=r"\blm_head\(|cross_entropy\(|\bcriterion\(|loss_f(?:unctio)?n\(|logits\.float\(\)|log_softmax\(",
     ),
@@ -133,34 +140,42 @@ def _from_frames(frames: tuple[Frame, ...]) -> tuple[Phase, str] | None:
     for rule in _SURROUNDING[:2]:
         if hit := _first(rule, inner):
             return hit
-    for frame in inner:
+    for index in range(len(inner)):
         for rule in _STAGES:
-            if hit := _first(rule, [frame]):
-                return hit
+            if _shows(rule, inner, index):
+                return rule.phase, _shown(inner[index])
     return _first(_FORWARD, inner)
 
 
 def _moving_a_module(inner: list[Frame]) -> tuple[Phase, str] | None:
     """`Module._apply` below `to` or `cuda`: the model goes to the card."""
-    if inner and "nn/modules/module" in inner[0].path.replace("\\", "/") and _APPLY.match(inner[0].function):
+    if inner and "nn/modules/module" in _path(inner[0]) and _APPLY.match(inner[0].function):
         return "load", _shown(inner[0])
     return None
 
 
-def _first(rule: _Rule, frames: list[Frame]) -> tuple[Phase, str] | None:
-    for frame in frames:
-        path = frame.path.replace("\\", "/")
-        if (
-            compiled(rule.functions).match(frame.function)
-            or compiled(rule.paths).search(path)
-            or (frame.source and compiled(rule.sources).search(frame.source))
-        ):
+def _first(rule: _Rule, inner: list[Frame]) -> tuple[Phase, str] | None:
+    for index, frame in enumerate(inner):
+        if _shows(rule, inner, index):
             return rule.phase, _shown(frame)
     return None
 
 
+def _shows(rule: _Rule, inner: list[Frame], index: int) -> bool:
+    frame = inner[index]
+    if compiled(rule.functions).match(frame.function) or compiled(rule.paths).search(_path(frame)):
+        return True
+    if not frame.source or not compiled(rule.sources).search(frame.source):
+        return False
+    return index == 0 or (not rule.innermost and all("/torch/" in _path(below) for below in inner[:index]))
+
+
+def _path(frame: Frame) -> str:
+    return frame.path.replace("\\", "/")
+
+
 def _shown(frame: Frame) -> str:
-    name = frame.path.replace("\\", "/").rpartition("/")[2]
+    name = _path(frame).rpartition("/")[2]
     return f"{frame.function} in {name}" if frame.function else name
 
 
