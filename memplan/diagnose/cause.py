@@ -65,7 +65,9 @@ def cause_of(finding: Finding, phase: Phase) -> Answer:
     if kind == "vllm_kv":
         return _vllm(finding)
     if "than 1eb memory" in finding.message.lower():
-        return "config", ("the size asked for is no real size: it was read from corrupt or desynchronised data",)
+        return "config", (
+            "the size asked for is no real size: it was read from corrupt or desynchronised data",
+        )
     if _says(finding, _LEAK):
         return "leak", ("the text says that use grows over time",)
     if kind in _TORCH:
@@ -84,7 +86,9 @@ def cause_of(finding: Finding, phase: Phase) -> Answer:
 def _by_its_own_words(finding: Finding, unless: str) -> Answer:
     """The cause that the text around puts it down to, for messages that say nothing themselves."""
     if _says(finding, _TOO_LARGE):
-        return "capacity", ("the message states no sizes; the text around it speaks of too large a batch or model",)
+        return "capacity", (
+            "the message states no sizes; the text around it speaks of too large a batch or model",
+        )
     return "unknown", (unless,)
 
 
@@ -107,7 +111,9 @@ def _of_a_card(finding: Finding) -> Answer:
     f = finding.figures
     requested, total, free, cached = f.requested_bytes, f.total_bytes, f.free_bytes, f.cached_bytes
     if f.allowed_bytes is not None:
-        return "config", (f"the process may take only {format_bytes(f.allowed_bytes)}{_of(total)}: a cap is set",)
+        return "config", (
+            f"the process may take only {format_bytes(f.allowed_bytes)}{_of(total)}: a cap is set",
+        )
     if requested is None and total is None:
         return "unknown", ("the message is cut off before its figures",)
     capacity = total or _known_use(f)
@@ -175,7 +181,9 @@ def _vllm(finding: Finding) -> Answer:
 
 def _look_alike(finding: Finding) -> Answer:
     if finding.framework in ("triton",) or "too many resources" in finding.message.lower():
-        return "config", ("the kernel asks for more on-chip memory than this GPU has; the card's memory isn't short",)
+        return "config", (
+            "the kernel asks for more on-chip memory than this GPU has; the card's memory isn't short",
+        )
     if finding.framework in ("java", "javascript"):
         return "host_ram", ("a virtual machine's own heap, not a GPU",)
     return "unknown", ()
@@ -194,7 +202,11 @@ def _is_huge(finding: Finding) -> bool:
 
 def _huge(requested: int | None, total: int | None = None) -> str:
     asked = "one tensor" if requested is None else f"one request of {format_bytes(requested)}"
-    return f"{asked} is most of a card by itself" if total is None else f"{asked} alone is {_share(requested, total)} of the card"
+    return (
+        f"{asked} is most of a card by itself"
+        if total is None
+        else f"{asked} alone is {_share(requested, total)} of the card"
+    )
 
 
 def _share(part: int | None, total: int) -> str:

@@ -72,7 +72,9 @@ def affected_by(installed: Mapping[str, str]) -> list[Entry]:
         entry
         for entry in entries()
         if entry.affected
-        and all(name in installed and satisfies(installed[name], spec) for name, spec in entry.affected.items())
+        and all(
+            name in installed and satisfies(installed[name], spec) for name, spec in entry.affected.items()
+        )
     ]
 
 

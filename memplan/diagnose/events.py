@@ -13,6 +13,8 @@ from memplan.diagnose.wordings import WORDINGS, Wording, compiled
 
 _LONGEST_MESSAGE = 1600
 _AROUND = 500
+_SAME_MESSAGE = 6
+"""Lines within which a mention without figures belongs to the message before it."""
 _MOST_HITS = 2000
 """Of one stream: a text that repeats one error without end says nothing new after that."""
 
@@ -43,7 +45,8 @@ def merged(findings: Sequence[Finding]) -> list[tuple[Finding, int]]:
         for i in range(len(distinct) - 1, max(-1, len(distinct) - 65), -1):
             known, echoes = distinct[i]
             if _is_same(known, finding):
-                distinct[i] = (_united(known, finding), echoes + 1)
+                is_the_same_message = finding.line - known.line < _SAME_MESSAGE and finding.figures.is_empty
+                distinct[i] = (_united(known, finding), echoes + (not is_the_same_message))
                 break
         else:
             distinct.append((finding, 0))
@@ -123,12 +126,19 @@ def _is_same(known: Finding, other: Finding) -> bool:
     stated = [(a, b) for a, b in pairs if a is not None and b is not None]
     if any(a != b for a, b in stated):
         return False
-    return bool(stated) or known.figures.is_empty or other.figures.is_empty or other.line - known.line < 6
+    return (
+        bool(stated)
+        or known.figures.is_empty
+        or other.figures.is_empty
+        or other.line - known.line < _SAME_MESSAGE
+    )
 
 
 def _united(first: Finding, again: Finding) -> Finding:
     values = {
-        field.name: value if (value := getattr(first.figures, field.name)) is not None else getattr(again.figures, field.name)
+        field.name: value
+        if (value := getattr(first.figures, field.name)) is not None
+        else getattr(again.figures, field.name)
         for field in fields(Figures)
     }
     return replace(
@@ -147,7 +157,12 @@ def _without_consequences(distinct: list[tuple[Finding, int]]) -> list[tuple[Fin
         first = kept[0][0] if kept else None
         is_consequence = first is not None and (
             finding.kind in NOT_OOM
-            or (first.kind not in NOT_OOM and first.kind != "host_oom" and finding.kind == "host_oom" and finding.figures.is_empty)
+            or (
+                first.kind not in NOT_OOM
+                and first.kind != "host_oom"
+                and finding.kind == "host_oom"
+                and finding.figures.is_empty
+            )
         )
         if is_consequence and first is not None and first.kind != finding.kind:
             kept[0] = (kept[0][0], kept[0][1] + 1)

@@ -69,7 +69,11 @@ _PATTERNS: Mapping[Kind, Mapping[str, tuple[str, ...]]] = {
             rf"allocating {_S} on device",
             rf"failed to allocate {_S}",
         ),
-        "gpu": (r"on device (\d{1,3})\b", r"\b(?:cuda|rocm|vulkan|sycl)(\d{1,3})\b", r"current device: (\d{1,3})\b"),
+        "gpu": (
+            r"on device (\d{1,3})\b",
+            r"\b(?:cuda|rocm|vulkan|sycl)(\d{1,3})\b",
+            r"current device: (\d{1,3})\b",
+        ),
     },
     "jax_oom": {
         "requested_bytes": (
@@ -123,11 +127,24 @@ _PATTERNS: Mapping[Kind, Mapping[str, tuple[str, ...]]] = {
             rf"\b(?:usage|memory): usage \d{{1,16}}kb, limit {_S}",
         ),
     },
-    "cuda_error_oom": {"gpu": (r"on device cuda:(\d{1,3})\b", r"current device: (\d{1,3})\b", r"\bgpu (\d{1,3})\b[\w ]{0,20}: ?cuda ")},
+    "cuda_error_oom": {
+        "gpu": (
+            r"on device cuda:(\d{1,3})\b",
+            r"current device: (\d{1,3})\b",
+            r"\bgpu (\d{1,3})\b[\w ]{0,20}: ?cuda ",
+        )
+    },
     "shm": {"requested_bytes": (r"shared memory segment \S{1,80} \(size (\d{1,20})\)",)},
 }
 _PROCESS = rf"(this process|process(?: \d{{1,12}})?) has {_S}(?: memory)? in use"
-BEFORE: Mapping[Kind, int] = {"ggml_oom": 200, "host_oom": 260, "vllm_kv": 120, "tf_oom": 0, "ort_oom": 120, "cuda_error_oom": 30}
+BEFORE: Mapping[Kind, int] = {
+    "ggml_oom": 200,
+    "host_oom": 260,
+    "vllm_kv": 120,
+    "tf_oom": 0,
+    "ort_oom": 120,
+    "cuda_error_oom": 30,
+}
 """Characters before the recognised words that belong to the message."""
 
 
@@ -157,7 +174,9 @@ def size_bytes(text: str) -> int | None:
     if "," in whole:
         # 1,25 GiB is a decimal comma; 1,610,612,736 groups digits
         head, _, tail = whole.rpartition(",")
-        whole = f"{head.replace(',', '')}.{tail}" if len(tail) < 3 and not fraction else whole.replace(",", "")
+        whole = (
+            f"{head.replace(',', '')}.{tail}" if len(tail) < 3 and not fraction else whole.replace(",", "")
+        )
     factor = _UNITS.get(unit[:1] or "b", 1)
     if factor == 1 and "." not in whole and not fraction:
         value = int(whole)

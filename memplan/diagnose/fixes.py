@@ -8,7 +8,18 @@ from memplan.diagnose.types import Advice, Cause, Figures, Finding, Kind, Phase
 from memplan.units import format_bytes
 
 _TRAINERS = frozenset(
-    {"transformers", "trl", "accelerate", "deepspeed", "axolotl", "llamafactory", "deepke", "unsloth", "peft", "pytorch"}
+    {
+        "transformers",
+        "trl",
+        "accelerate",
+        "deepspeed",
+        "axolotl",
+        "llamafactory",
+        "deepke",
+        "unsloth",
+        "peft",
+        "pytorch",
+    }
 )
 _OPTIONS: Mapping[str, Mapping[str, str]] = {
     "4bit": {
@@ -79,7 +90,9 @@ _OPTIONS: Mapping[str, Mapping[str, str]] = {
         "pytorch": "`torch.inference_mode()`, and results moved to the CPU batch by batch",
     },
 }
-_HOST_LOAD = "a host with more memory, or fewer processes that load at once: each holds its own copy of the weights"
+_HOST_LOAD = (
+    "a host with more memory, or fewer processes that load at once: each holds its own copy of the weights"
+)
 
 
 def advice_for(finding: Finding, phase: Phase, cause: Cause) -> tuple[Advice, ...]:
@@ -90,6 +103,8 @@ def advice_for(finding: Finding, phase: Phase, cause: Cause) -> tuple[Advice, ..
 
 def _fixes(finding: Finding, phase: Phase, cause: Cause) -> Iterator[str]:
     kind, tool = finding.kind, finding.framework
+    if cause == "other_process" and kind in _BY_KIND:
+        yield from _for_the_cause(finding, cause)
     if kind in _BY_KIND:
         yield from _BY_KIND[kind]
         return
@@ -205,7 +220,12 @@ def _in_vain(finding: Finding, phase: Phase, cause: Cause) -> Iterator[str]:
     if cause != "fragmentation" and ("expandable_segments" in said or "max_split_size_mb" in said):
         name = "expandable_segments" if "expandable_segments" in said else "max_split_size_mb"
         if cached is not None and cached < max(finding.figures.requested_bytes or 0, 1):
-            yield f"not `{name}`, which the message suggests: only {format_bytes(cached)} are cached, less than was asked for"
+            much = (
+                f"only {format_bytes(cached)} are cached, less than was asked for"
+                if cached
+                else "nothing is cached"
+            )
+            yield f"not `{name}`, which the message suggests: {much}"
         elif cause == "other_process":
             yield f"not `{name}`, which the message suggests: the memory is another process's"
     if phase == "load" and cause == "capacity" and finding.framework in _TRAINERS:
@@ -224,7 +244,7 @@ _BY_KIND: Mapping[Kind, tuple[str, ...]] = {
         "`dataloader_num_workers` 0, or `torch.multiprocessing.set_sharing_strategy('file_system')`",
     ),
     "load_dispatch": (
-        "make the card empty (`nvidia-smi`) and place the model whole, `device_map={\"\": 0}`",
+        'make the card empty (`nvidia-smi`) and place the model whole, `device_map={"": 0}`',
         "fewer bits or a smaller model, if it is too large for the card: it can't be trained from the CPU or disk",
     ),
     "not_oom": ("look for the error itself: the card's memory isn't short, so a smaller batch won't help",),
@@ -247,12 +267,17 @@ _BY_KIND: Mapping[Kind, tuple[str, ...]] = {
     "ort_oom": (
         "`gpu_mem_limit` and `arena_extend_strategy: kSameAsRequested` of the CUDA provider, and one session for all requests",
     ),
-    "paddle_oom": ("a smaller batch", "`FLAGS_fraction_of_gpu_memory_to_use` lower where others share the card"),
+    "paddle_oom": (
+        "a smaller batch",
+        "`FLAGS_fraction_of_gpu_memory_to_use` lower where others share the card",
+    ),
     "ggml_oom": (
         "fewer layers on the card: `-ngl`",
         "a shorter context, `-c`, or a smaller KV cache: `--cache-type-k q8_0 --cache-type-v q8_0`",
     ),
-    "metal_oom": ("a shorter context or a smaller model: the card's working set is part of the host's memory",),
+    "metal_oom": (
+        "a shorter context or a smaller model: the card's working set is part of the host's memory",
+    ),
 }
 
 

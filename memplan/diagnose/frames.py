@@ -13,8 +13,12 @@ _MOST = 200
 _PATTERNS = (
     re.compile(r'\s{0,80}File \\?"(?P<path>[^"]{1,400})", line \d{1,7}(?:, in (?P<function>.{1,200}))?'),
     re.compile(r"\s{0,80}File (?P<path>\S{1,400}):\d{1,7}(?:, in (?P<function>.{1,200}))?"),
-    re.compile(r"\s{0,80}(?P<path>(?:Cell|Input) In ?\[\d{1,5}\])(?:, line \d{1,7}| in )(?P<function>.{0,80})"),
-    re.compile(r"\s{0,8}(?P<path>(?:[~/.<]|[A-Za-z]:)[^\s:]{1,400}) in (?P<function>[\w<>.]{1,120}\(.{0,200})"),
+    re.compile(
+        r"\s{0,80}(?P<path>(?:Cell|Input) In ?\[\d{1,5}\])(?:, line \d{1,7}| in )(?P<function>.{0,80})"
+    ),
+    re.compile(
+        r"\s{0,8}(?P<path>(?:[~/.<]|[A-Za-z]:)[^\s:]{1,400}) in (?P<function>[\w<>.]{1,120}\(.{0,200})"
+    ),
     re.compile(r"\s{0,8}(?P<path>\S{1,400}\.py):\d{1,7}:? in (?P<function>[\w<>.]{1,120})"),
 )
 _ARROW = re.compile(r"\s{0,8}-{1,6}> ?\d{1,6} ?(?P<source>.{1,300})")

@@ -85,7 +85,10 @@ def split_lines(text: str, first: int = 1) -> list[tuple[int, str]]:
             row = row.replace("\\r\\n", "\r").replace("\\n", "\r").replace('\\"', '"')
         for part in row.split("\r") if "\r" in row else (row,):
             if part or row == "":
-                rows += [(number, part[at : at + _LONGEST_LINE]) for at in range(0, max(len(part), 1), _LONGEST_LINE)]
+                rows += [
+                    (number, part[at : at + _LONGEST_LINE])
+                    for at in range(0, max(len(part), 1), _LONGEST_LINE)
+                ]
     return rows
 
 
@@ -149,7 +152,11 @@ def _parted(row: str, is_srun: bool) -> tuple[str, int | None, str]:
 
 
 def _continues(row: str) -> bool:
-    return bool(row.strip()) and "Traceback (most" not in row and not re.match(r"\s{0,8}File \"|\[?\d{4}-\d\d", row)
+    return (
+        bool(row.strip())
+        and "Traceback (most" not in row
+        and not re.match(r"\s{0,8}File \"|\[?\d{4}-\d\d", row)
+    )
 
 
 def _is_srun(rows: Sequence[str]) -> bool:

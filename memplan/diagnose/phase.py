@@ -111,7 +111,9 @@ _WORDS: tuple[tuple[Phase, str], ...] = (
     ("data", r"dataloader|data loader|\bcollate|num_workers|preprocess"),
     ("forward", r"forward pass|in forward|\bforward\b|running \w+ node|\bf\.(?:conv|linear|layer_norm|scaled_dot|softmax)|_conv_forward|前向"),
 )  # fmt: skip
-_GENERATIVE = r"\bllm\b|token|prompt|diffus|\bvae\b|llama|\bchat|vllm|gpt|qwen|max_new_tokens|comfyui|text-to-|\btts\b"
+_GENERATIVE = (
+    r"\bllm\b|token|prompt|diffus|\bvae\b|llama|\bchat|vllm|gpt|qwen|max_new_tokens|comfyui|text-to-|\btts\b"
+)
 
 
 def phase_of(finding: Finding) -> tuple[Phase, str | None]:

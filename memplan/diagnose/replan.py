@@ -74,7 +74,11 @@ def _comparisons(plan: Plan, event: Event) -> Iterable[Comparison]:
     else:
         return
     reserved = figures.reserved_bytes
-    if reserved is None and figures.allocated_bytes is not None and figures.reserved_unallocated_bytes is not None:
+    if (
+        reserved is None
+        and figures.allocated_bytes is not None
+        and figures.reserved_unallocated_bytes is not None
+    ):
         reserved = figures.allocated_bytes + figures.reserved_unallocated_bytes
     stated = figures.requested_bytes, figures.allocated_bytes, reserved
     for name, said, expected in zip(("requested", "allocated", "reserved"), stated, planned, strict=True):
