@@ -14,6 +14,7 @@ CACHED_INFERRED_SHARE = 0.15
 """The same where only reserved and allocated are stated, as torch did to 2.0."""
 OTHERS_STATED_SHARE = 0.25
 OTHERS_INFERRED_SHARE = 0.5
+OTHERS_TOLD_SHARE = 0.1
 """Of the card. What a message doesn't name may also be this process's own context and libraries."""
 ROOM_SHARE = 0.02
 """Of the card, by which the free memory must exceed the request to speak against a lack: torch asks the driver
@@ -85,6 +86,8 @@ def cause_of(finding: Finding, phase: Phase) -> Answer:
 
 def _by_its_own_words(finding: Finding, unless: str) -> Answer:
     """The cause that the text around puts it down to, for messages that say nothing themselves."""
+    if _says(finding, _OTHERS):
+        return "other_process", ("the text speaks of something else that holds the card",)
     if _says(finding, _TOO_LARGE):
         return "capacity", (
             "the message states no sizes; the text around it speaks of too large a batch or model",
@@ -133,6 +136,8 @@ def _of_a_card(finding: Finding) -> Answer:
         if others[0] >= share * total:
             how = "hold" if others[1] else "must hold"
             return "other_process", (f"other processes {how} {format_bytes(others[0])}{_of(total)}",)
+        if others[0] >= OTHERS_TOLD_SHARE * total and _says(finding, _OTHERS):
+            return "other_process", ("the text speaks of something else that holds the card",)
     return _capacity(finding, requested, total, free, cached)
 
 
@@ -150,8 +155,10 @@ def _capacity(
     held = f.process_bytes or f.reserved_bytes or f.allocated_bytes
     if total is None and free is None:
         return _by_its_own_words(finding, "the message doesn't say what the card holds")
+    if finding.kind == "mps_oom" and total is not None:
+        return "capacity", (f"it may take {format_bytes(total)} in all, and would need more",)
     if free is None and (held is None or (total and held < 0.5 * total)):
-        return "unknown", ("the message doesn't say what was free",)
+        return _by_its_own_words(finding, "the message doesn't say what was free")
     evidence = []
     if held is not None:
         evidence.append(f"this process itself holds {format_bytes(held)}{_of(total)}")

@@ -9,7 +9,7 @@ from memplan.diagnose.figures import BEFORE, read_figures
 from memplan.diagnose.frames import frames_of
 from memplan.diagnose.lines import Stream
 from memplan.diagnose.types import NOT_OOM, Figures, Finding
-from memplan.diagnose.wordings import WORDINGS, Wording, compiled
+from memplan.diagnose.wordings import Wording, compiled, wordings
 
 _LONGEST_MESSAGE = 1600
 _AROUND = 500
@@ -56,7 +56,7 @@ def merged(findings: Sequence[Finding]) -> list[tuple[Finding, int]]:
 def _hits(text: str) -> list[_Hit]:
     found = [
         _Hit(match.start(), match.end(), order, wording)
-        for order, wording in enumerate(WORDINGS)
+        for order, wording in enumerate(wordings())
         if wording.needle in text
         for match, _ in zip(compiled(wording.pattern).finditer(text), range(_MOST_HITS), strict=False)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from memplan.diagnose.lines import Line, Stream
 from memplan.diagnose.types import Frame
@@ -35,18 +36,19 @@ def frames_of(stream: Stream, index: int, since: int) -> tuple[Frame, ...]:
     return frames or _parsed(stream.lines[index : index + _FORWARD])
 
 
-def _last_traceback(lines: list[Line] | tuple[Line, ...] | object) -> list[Line]:
-    rows = list(lines)  # type: ignore[call-overload]
-    starts = [i for i, line in enumerate(rows) if "Traceback (most recent call last)" in line.text]
-    for start in reversed(starts):
-        if any(_frame(line.text) for line in rows[start:]):
-            return rows[start:]
-    return rows
+def _last_traceback(lines: Sequence[Line]) -> Sequence[Line]:
+    """From the last header that has frames below it; all lines where there is none."""
+    has_frames = False
+    for index in range(len(lines) - 1, -1, -1):
+        has_frames = has_frames or _frame(lines[index].text) is not None
+        if has_frames and "Traceback (most recent call last)" in lines[index].text:
+            return lines[index:]
+    return lines
 
 
-def _parsed(lines: object) -> tuple[Frame, ...]:
+def _parsed(lines: Sequence[Line]) -> tuple[Frame, ...]:
     frames: list[Frame] = []
-    for line in lines:  # type: ignore[attr-defined]
+    for line in lines:
         frame = _frame(line.text)
         if frame is not None:
             frames.append(frame)

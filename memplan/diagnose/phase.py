@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import islice
 
 from memplan.diagnose.types import Finding, Frame, Kind, Phase
 from memplan.diagnose.wordings import compiled
@@ -92,11 +93,23 @@ _STAGES = (
         sources=r"\blm_head\(|cross_entropy\(|\bcriterion\(|loss_f(?:unctio)?n\(|logits\.float\(\)|log_softmax\(",
     ),
 )
+_NAMED = (
+    _Rule("generate", paths=r"(?i)(?:^|/)\w*(?:infer|generat|demo|webui|gradio|chat|sampl|predict|serve)\w*\.py$|/comfy/|/vae|/ldm/|whisper|\btts\b"),
+    _Rule("eval", paths=r"(?i)(?:^|/)(?:\w+_)?(?:eval|evaluate|evaluation|test|validate|val|benchmark)(?:_\w+)?\.py$"),
+    _Rule("data", paths=r"/pandas/|/pyarrow/|/polars/|/h5py/|(?i:(?:^|/)(?:\w*_)?data(?:set|sets|loader|module|_\w+)?\.py$)|(?i:/data(?:sets?|loaders?)?/)"),
+)
+"""What a script is called after, where nothing in its frames says more."""
 _FORWARD = _Rule(
     "forward",
-    functions=r"(?:.*\.)?(?:\w*forward\w*|_call_impl|_wrapped_call_impl|__call__|_body|attention\w*|sdpa\w*|apply_rotary\w*)$",
-    paths=r"torch/nn/(?:functional|modules/(?!module))|transformers/models/|/modeling_\w+\.py$|torch/_refs|torch/utils/checkpoint|/layers?/",
+    functions=r"(?:.*\.)?(?:\w*forward\w*|_call_impl|_wrapped_call_impl|__call__|_body|\w*attention\w*|\w*attn\w*|sdpa\w*|apply_rotary\w*"
+    r"|_compute_\w+|\w*einsum\w*|interpolate|training_step|compute_loss)$",
+    paths=r"torch/(?:nn/(?:functional|modules/(?!module))|functional\.py|_tensor\.py|_refs|_decomp|_ops|fft|linalg|special|_dynamo|_inductor|fx/|utils/checkpoint)"
+    r"|transformers/models/|/modeling_\w+\.py$|/(?:layers?|nets?|networks?|backbones?|modules)/|torchvision/(?:models|ops)|/timm/|einops|xformers|flash_attn|/triton/"
+    r"|tensorflow/|keras/|flax/|/(?:model|net|network|unet|resnet|transformer|encoder|decoder|backbone)s?(?:_\w+)?\.py$",
 )
+_FAR = 600
+"""Characters from the message beyond which words are about something else."""
+_INSTALLED = re.compile(r"/(?:site|dist)-packages/")
 _APPLY = re.compile(r"(?:.*\.)?(?:_apply|convert|cuda|to|<lambda>|half|float)$")
 _WORDS: tuple[tuple[Phase, str], ...] = (
     ("backward", r"_execution_engine|\.backward\(|\bbackward\b|conv_grad|gradtape|反向传播"),
@@ -110,6 +123,16 @@ _WORDS: tuple[tuple[Phase, str], ...] = (
     ("loss", r"comput\w{1,3} (?:the )?loss|loss ?计算|计算 ?loss|cross_entropy|lm_head|logits.{0,24}(?:float|fp32|upcast)"),
     ("data", r"dataloader|data loader|\bcollate|num_workers|preprocess"),
     ("forward", r"forward pass|in forward|\bforward\b|running \w+ node|\bf\.(?:conv|linear|layer_norm|scaled_dot|softmax)|_conv_forward|前向"),
+)  # fmt: skip
+_PLAIN_WORDS: tuple[tuple[Phase, str], ...] = (
+    ("generate", r"comfyui|stable diffusion|\bsdxl\b|\bflux\b|diffusers|webui|ksampler|\bvae\b|text-to-image|image generation|error completing request|ollama"
+        r"|whisper|upscal|\brender|\bchat\b|\bserv(?:e|ing)\b|\bllm\b"),
+    ("load", r"\bload(?:s|ed|ing)?\b|\bstart(?:s|ed|ing)? up\b|\bboots?\b|model\.(?:to|cuda)\(|\.to\(.?(?:cuda|device)|into (?:vram|gpu memory)|onto (?:the )?gpu|\bstarting\b|启动"),
+    ("loss", r"\blogits\b|\bvocab"),
+    ("data", r"read_csv|\bpandas\b|parquet|\bdatasets?\b|tokeniz|data loading|数据"),
+    ("eval", r"\btest(?:ing)?\b|\beval\b"),
+    ("forward", r"\battention\b|\bactivations?\b|\bconv(?:olution|\dd)?|node \w|op:\w|\bencoder\b|\blayers?\b"),
+    ("backward", r"\bgradients?\b|\bgrad\b"),
 )  # fmt: skip
 _GENERATIVE = (
     r"\bllm\b|token|prompt|diffus|\bvae\b|llama|\bchat|vllm|gpt|qwen|max_new_tokens|comfyui|text-to-|\btts\b"
@@ -146,6 +169,10 @@ def _from_frames(frames: tuple[Frame, ...]) -> tuple[Phase, str] | None:
         for rule in _STAGES:
             if _shows(rule, inner, index):
                 return rule.phase, _shown(inner[index])
+    own = [frame for frame in inner if not _INSTALLED.search(_path(frame))]
+    for rule in _NAMED:
+        if hit := _first(rule, own):
+            return hit
     return _first(_FORWARD, inner)
 
 
@@ -182,16 +209,17 @@ def _shown(frame: Frame) -> str:
 
 
 def _from_words(finding: Finding) -> tuple[Phase, str] | None:
+    """The phase that the words nearest to the message speak of; plain ones count where telling ones are absent."""
     around = finding.around.lower()
-    best: tuple[int, Phase, str] | None = None
-    middle = around.find(finding.message[:40].lower())
-    for phase, pattern in _WORDS:
-        for match in list(compiled(pattern).finditer(around))[:8]:
-            distance = abs(match.start() - max(middle, 0))
-            if best is None or distance < best[0]:
-                best = (distance, phase, match[0])
-    if best is None or best[0] > 600:
-        return None
-    if best[1] == "eval" and "infer" in best[2] and compiled(_GENERATIVE).search(around):
-        return "generate", f"the text around it says “{best[2]}”"
-    return best[1], f"the text around it says “{best[2]}”"
+    middle = max(0, around.find(finding.message[:40].lower()))
+    for table in (_WORDS, _PLAIN_WORDS):
+        near: list[tuple[int, Phase, str]] = []
+        for phase, pattern in table:
+            found = islice(compiled(pattern).finditer(around), 16)
+            near += [(abs(match.start() - middle), phase, match[0]) for match in found]
+        distance, phase, words = min(near, default=(_FAR, "unknown", ""))
+        if distance < _FAR:
+            if phase == "eval" and "infer" in words and compiled(_GENERATIVE).search(around):
+                phase = "generate"
+            return phase, f"the text around it says “{words}”"
+    return None

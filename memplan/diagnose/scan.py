@@ -11,10 +11,11 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import BinaryIO
 
 from memplan.diagnose.lines import split_lines
-from memplan.diagnose.wordings import WORDINGS
+from memplan.diagnose.wordings import wordings
 
 WHOLE = 2 << 20
 """A text no larger is parsed whole."""
@@ -36,7 +37,6 @@ _LITERALS: dict[bytes, tuple[bytes, ...]] = {
     b"_STATUS_": (b"STATUS_ALLOC", b"STATUS_NOT_INIT"),
 }
 """Few, since each costs a pass. What has none of them ends a job, as a rule, and stands at the log's end."""
-_NEEDLES = tuple({wording.needle.encode() for wording in WORDINGS})
 
 
 def read_rows(stream: BinaryIO) -> tuple[list[tuple[int, str]], int]:
@@ -175,4 +175,9 @@ class _Windows:
 
 def _is_of_note(line: bytes) -> bool:
     lowered = line.lower()
-    return any(needle in lowered for needle in _NEEDLES)
+    return any(needle in lowered for needle in _needles())
+
+
+@lru_cache(maxsize=1)
+def _needles() -> tuple[bytes, ...]:
+    return tuple({wording.needle.encode() for wording in wordings()})
