@@ -15,7 +15,7 @@ _LONGEST_MESSAGE = 1600
 _AROUND = 500
 _SAME_MESSAGE = 6
 """Lines within which a mention without figures belongs to the message before it."""
-_MOST_HITS = 2000
+_MOST_HITS = 400
 """Of one stream: a text that repeats one error without end says nothing new after that."""
 
 

@@ -33,7 +33,11 @@ _TORCH: Mapping[str, tuple[str, ...]] = {
         rf"{_S} total\b",
         rf"device limit {{0,20}}: {_S}",
     ),
-    "free_bytes": (rf"of which {_S} is free", rf"{_S} free\b", rf"free \(according to cuda\) ?: {_S}"),
+    "free_bytes": (
+        rf"free \(according to cuda\) ?: {_S}",
+        rf"of which {_S} is free",
+        rf"{_S} free\b",
+    ),
     "allocated_bytes": (
         rf"allocated memory {_S} is allocated",
         rf"{_S} is allocated by pytorch",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 _ESCAPE = re.compile(
     r"(?:\x1b\[|\x9b|\\x1b\[|\\u001b\[|\\033\[|\^\[\[|\u241b\[)[0-?]{0,32}[ -/]{0,4}[@-~]"  # CSI, printed or real
@@ -33,12 +34,15 @@ _PREFIXES = tuple(
     )
 )
 _SRUN = re.compile(r"(?P<rank>\d{1,4}): ?")
+_BORDERS = ("│", "┃", "║", "|")
+_AFTER_QUOTES = frozenset((*_BORDERS, " ", "\t"))
+_BEFORE_QUOTES = frozenset(" \t>#/*│┃║|")
+_ENCODED = re.compile(r"=([0-9A-F]{2})")
 _LONGEST_LINE = 20_000
 _CONTINUED = 12
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """One line without what was wrapped around it."""
 
     number: int
@@ -75,35 +79,42 @@ def clean(text: str) -> str:
 
 
 def split_lines(text: str, first: int = 1) -> list[tuple[int, str]]:
-    """Numbered lines, whichever system ended them; a progress bar's returns divide its line."""
+    """Numbered lines that hold anything, whichever system ended them; a progress bar's returns divide its line."""
     if "\n" not in text and text.count("\r") > 1:
         text = text.replace("\r", "\n")
     rows: list[tuple[int, str]] = []
     for number, row in enumerate(text.split("\n"), first):
-        # a log inside JSON has its line ends written out
-        if "\\n" in row and ("call last):\\n" in row or "\\n  File" in row or row.count("\\n") > 3):
-            row = row.replace("\\r\\n", "\r").replace("\\n", "\r").replace('\\"', '"')
-        for part in row.split("\r") if "\r" in row else (row,):
-            if part or row == "":
-                rows += [
-                    (number, part[at : at + _LONGEST_LINE])
-                    for at in range(0, max(len(part), 1), _LONGEST_LINE)
-                ]
+        if len(row) < 3 and not row.isalnum():
+            continue
+        if len(row) < _LONGEST_LINE and "\r" not in row and "\\n" not in row:
+            rows.append((number, row))
+        else:
+            rows += ((number, part) for part in _divided(row))
     return rows
+
+
+def _divided(row: str) -> Iterator[str]:
+    # a log inside JSON has its line ends written out
+    if "\\n" in row and ("call last):\\n" in row or "\\n  File" in row or row.count("\\n") > 3):
+        row = row.replace("\\r\\n", "\r").replace("\\n", "\r").replace('\\"', '"')
+    for part in row.split("\r"):
+        for at in range(0, len(part), _LONGEST_LINE):
+            yield part[at : at + _LONGEST_LINE]
 
 
 def streams(rows: Iterable[tuple[int, str]]) -> list[Stream]:
     """The lines by their source, in the order in which the sources first speak."""
-    numbered = [(number, clean(row)) for number, row in rows]
+    numbered = [(number, row if _is_plain(row) else clean(row)) for number, row in rows]
     is_srun = _is_srun([row for _, row in numbered])
     quoted_printable = sum(row.endswith("=") for _, row in numbered) > 1
     sources: dict[str, list[Line]] = {}
     last, continued = "", 0
     for number, row in numbered:
-        row = _unquoted(row)
-        if quoted_printable:
+        if row[:1] in _BEFORE_QUOTES or row[-1:] in _AFTER_QUOTES:
+            row = _unquoted(row)
+        if quoted_printable and "=" in row:
             row = _from_quoted_printable(row)
-        source, rank, body = _parted(row, is_srun)
+        source, rank, body = _parted(row, is_srun) if is_srun or _may_be_marked(row) else ("", None, row)
         if source:
             last, continued = source, 0
         elif last and _continues(row) and continued < _CONTINUED:
@@ -117,26 +128,33 @@ def streams(rows: Iterable[tuple[int, str]]) -> list[Stream]:
     return [_stream(lines) for lines in sources.values()]
 
 
+def _is_plain(row: str) -> bool:
+    return row.isascii() and row.isprintable() and "[" not in row and "\\" not in row and "^" not in row
+
+
+def _may_be_marked(row: str) -> bool:
+    return "[" in row or "(" in row or row[:4] in ("rank", "Rank")
+
+
 def _unquoted(row: str) -> str:
     for _ in range(4):
         match = _QUOTE.match(row)
         if match is None:
             break
         row = row[match.end() :]
-    return _BORDER.sub("", row) if row.rstrip().endswith(("│", "┃", "║", "|")) else row.rstrip()
+    row = row.rstrip()
+    return _BORDER.sub("", row) if row.endswith(_BORDERS) else row
 
 
 def _from_quoted_printable(row: str) -> str:
-    row = re.sub(r"=([0-9A-F]{2})", lambda m: chr(int(m[1], 16)), row)
-    return row.removesuffix("=") if not row.endswith("==") else row
+    row = row.removesuffix("=")
+    return _ENCODED.sub(lambda match: chr(int(match[1], 16)), row) if "=" in row else row
 
 
 def _parted(row: str, is_srun: bool) -> tuple[str, int | None, str]:
     """Prefix, rank and rest of a line; several prefixes may follow each other."""
     source, rank = "", None
     patterns = (*_PREFIXES, _SRUN) if is_srun else _PREFIXES
-    if row[:1] not in "([rR" and not row[:1].isalnum() and row[:1] != " ":
-        return source, rank, row
     for _ in range(3):
         for pattern in patterns:
             match = pattern.match(row)
@@ -147,6 +165,8 @@ def _parted(row: str, is_srun: bool) -> tuple[str, int | None, str]:
                 row = row[match.end() :]
                 break
         else:
+            break
+        if not _may_be_marked(row):
             break
     return source.strip(), rank, row
 
@@ -160,9 +180,8 @@ def _continues(row: str) -> bool:
 
 
 def _is_srun(rows: Sequence[str]) -> bool:
-    written = [row for row in rows if row.strip()]
-    marked = sum(_SRUN.match(row) is not None for row in written)
-    return marked >= 3 and marked >= 0.8 * len(written)
+    marked = sum(_SRUN.match(row) is not None for row in rows if row[:1].isdigit())
+    return marked >= 3 and marked >= 0.8 * len(rows)
 
 
 def _stream(lines: list[Line]) -> Stream:

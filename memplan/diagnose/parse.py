@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain, islice
 
 from memplan.diagnose.cause import cause_of
 from memplan.diagnose.compat import Entry, found_in
@@ -16,18 +17,20 @@ from memplan.diagnose.tool import tool_of
 from memplan.diagnose.types import NOT_OOM, Advice, CompatMatch, Diagnosis, Event, Finding
 
 _MOST_EVENTS = 200
+_MOST_FINDINGS = 1000
+"""A text that repeats errors without end says nothing new after that."""
 
 
 def diagnose(text: str) -> Diagnosis:
     """What a pasted text says happened, why, and what to change."""
-    rows = split_lines(text)
-    return diagnose_rows(rows, rows[-1][0] if rows else 0)
+    return diagnose_rows(split_lines(text), text.count("\n") + bool(text))
 
 
 def diagnose_rows(rows: Sequence[tuple[int, str]], n_lines: int) -> Diagnosis:
     """The same for numbered lines, which may leave some of a log out."""
     parts = streams(rows)
-    distinct = merged([finding for stream in parts for finding in findings_of(stream)])
+    findings = chain.from_iterable(findings_of(stream) for stream in parts)
+    distinct = merged(list(islice(findings, _MOST_FINDINGS)))
     events = tuple(_event(finding, echoes) for finding, echoes in distinct[:_MOST_EVENTS])
     conflicts = [(entry, stream, offset) for stream in parts for entry, offset in found_in(stream)]
     if not events:

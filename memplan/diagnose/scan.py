@@ -43,8 +43,8 @@ def read_rows(stream: BinaryIO) -> tuple[list[tuple[int, str]], int]:
     """Numbered lines of the stream, all or those near anything of note, and how many it has in all."""
     head = stream.read(WHOLE + 1)
     if len(head) <= WHOLE:
-        rows = split_lines(decoded(head))
-        return rows, rows[-1][0] if rows else 0
+        text = decoded(head)
+        return split_lines(text), text.count("\n") + bool(text)
     windows = _Windows()
     for chunk in _as_utf8(_chunks(head, stream)):
         windows.feed(chunk)
@@ -118,8 +118,9 @@ class _Windows:
 
     def _hits(self, text: bytes, begin: int) -> list[int]:
         hits: list[int] = []
-        for literal in list(self._literals):
-            at = text.find(literal, begin)
+        places = [(literal, begin) for literal in self._literals]
+        for literal, at in places:
+            at = text.find(literal, at)
             while at >= 0:
                 start, end = text.rfind(b"\n", max(0, at - _LINE), at) + 1, text.find(b"\n", at, at + _LINE)
                 end = end if end >= 0 else min(len(text), at + _LINE)
@@ -127,18 +128,20 @@ class _Windows:
                     hits.append(at)
                     # what follows so closely is kept with it anyway
                     end = max(end, min(at + _AFTER // 2, len(text)))
-                elif self._loses_patience(literal):
+                elif stricter := self._out_of_patience(literal):
+                    places += [(other, at) for other in stricter]
                     break
                 at = text.find(literal, end)
         return sorted(hits)
 
-    def _loses_patience(self, literal: bytes) -> bool:
+    def _out_of_patience(self, literal: bytes) -> tuple[bytes, ...]:
+        """The stricter forms from here on, where there are some and it is time."""
         self._in_vain[literal] = self._in_vain.get(literal, 0) + 1
-        if self._in_vain[literal] != _PATIENCE or literal not in _LITERALS:
-            return False
+        if self._in_vain[literal] < _PATIENCE or not _LITERALS.get(literal):
+            return ()
         self._literals.remove(literal)
         self._literals += _LITERALS[literal]
-        return True
+        return _LITERALS[literal]
 
     def _keep(self, text: bytes, start: int, end: int, begin: int, start_line: int) -> None:
         """Keep `text[start:end]`, less what is kept already, from the beginning of a line on."""
