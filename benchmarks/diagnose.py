@@ -1,4 +1,4 @@
-"""How well `memplan diagnose` reads labelled texts: `python benchmarks/diagnose.py CORPUS.jsonl [--misses FIELD]`.
+"""How well `memplan diagnose` reads labelled texts: `python benchmarks/diagnose.py CORPUS.jsonl`.
 
 A line of the corpus is `{"text": …, "labels": {…}, "cause_ambiguous": …}`. Of several events the labels
 describe the first. Printed a field: how many texts state it, how many are read exactly, and how many of those

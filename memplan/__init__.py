@@ -38,7 +38,6 @@ __all__ = [
 ]  # fmt: skip
 
 
-
 def __getattr__(name: str) -> Any:
     """Public names are imported when they are first used, so that `import memplan` costs nothing."""
     import importlib

@@ -71,7 +71,14 @@ class TestFigures:
     @pytest.mark.parametrize(
         ("name", "stated"),
         [
-            ("mps", {"requested_bytes": 512 * MIB, "total_bytes": round(18.13 * GIB), "allocated_bytes": 17 * GIB}),
+            (
+                "mps",
+                {
+                    "requested_bytes": 512 * MIB,
+                    "total_bytes": round(18.13 * GIB),
+                    "allocated_bytes": 17 * GIB,
+                },
+            ),
             ("cupy", {"requested_bytes": 2 * GIB, "allocated_bytes": GIB}),
             ("ggml", {"requested_bytes": 590 * MIB}),
             ("jax", {"requested_bytes": 2 * GIB}),
@@ -100,14 +107,20 @@ class TestKinds:
         assert diagnosis.n_ooms == (kind not in ("not_oom", "load_dispatch"))
         assert diagnosis.events[0].line == (3 if name == "kubernetes" else 2) or name == "kubernetes"
 
-    @pytest.mark.parametrize("text", ["", "\n", "loss 0.1", "memory is fine", "Saved 12 files", "the oomph of it"])
+    @pytest.mark.parametrize(
+        "text", ["", "\n", "loss 0.1", "memory is fine", "Saved 12 files", "the oomph of it"]
+    )
     def test_nothing(self, text: str) -> None:
         assert not diagnose(text).recognised
 
     def test_known_conflict(self) -> None:
         text = "TypeError: Trainer.__init__() got an unexpected keyword argument 'tokenizer'"
         diagnosis = diagnose(text)
-        assert (diagnosis.events[0].kind, diagnosis.events[0].cause, diagnosis.n_ooms) == ("compat", "config", 0)
+        assert (diagnosis.events[0].kind, diagnosis.events[0].cause, diagnosis.n_ooms) == (
+            "compat",
+            "config",
+            0,
+        )
         assert [match.id for match in diagnosis.compat] == ["trainer-tokenizer"]
 
     def test_the_seeds_two(self) -> None:
@@ -120,23 +133,27 @@ class TestKinds:
         assert ids == {"quantization-config-and-shortcut", "triu-tril-bfloat16"}
 
 
-class TestPhases:
-    FRAMES = {
-        "load": [("transformers/modeling_utils.py", "from_pretrained"), ("torch/nn/modules/module.py", "_apply")],
-        "forward": [("app/train.py", "main"), ("torch/nn/functional.py", "linear")],
-        "loss": [("transformers/trainer.py", "train"), ("torch/nn/functional.py", "cross_entropy")],
-        "backward": [("transformers/trainer.py", "training_step"), ("torch/_tensor.py", "backward")],
-        "optimizer": [("transformers/trainer.py", "train"), ("torch/optim/adamw.py", "_init_group")],
-        "eval": [("transformers/trainer.py", "prediction_step"), ("torch/nn/functional.py", "linear")],
-        "generate": [("transformers/generation/utils.py", "generate"), ("torch/nn/functional.py", "linear")],
-        "save": [("app/train.py", "save_checkpoint"), ("torch/_tensor.py", "float")],
-        "data": [("app/train.py", "main"), ("accelerate/utils/operations.py", "send_to_device")],
-    }
+FRAMES = {
+    "load": [
+        ("transformers/modeling_utils.py", "from_pretrained"),
+        ("torch/nn/modules/module.py", "_apply"),
+    ],
+    "forward": [("app/train.py", "main"), ("torch/nn/functional.py", "linear")],
+    "loss": [("transformers/trainer.py", "train"), ("torch/nn/functional.py", "cross_entropy")],
+    "backward": [("transformers/trainer.py", "training_step"), ("torch/_tensor.py", "backward")],
+    "optimizer": [("transformers/trainer.py", "train"), ("torch/optim/adamw.py", "_init_group")],
+    "eval": [("transformers/trainer.py", "prediction_step"), ("torch/nn/functional.py", "linear")],
+    "generate": [("transformers/generation/utils.py", "generate"), ("torch/nn/functional.py", "linear")],
+    "save": [("app/train.py", "save_checkpoint"), ("torch/_tensor.py", "float")],
+    "data": [("app/train.py", "main"), ("accelerate/utils/operations.py", "send_to_device")],
+}
 
+
+class TestPhases:
     @pytest.mark.parametrize("phase", FRAMES)
     def test_from_frames(self, phase: str) -> None:
         frames = "".join(
-            f'  File "/venv/site-packages/{path}", line 3, in {name}\n' for path, name in self.FRAMES[phase]
+            f'  File "/venv/site-packages/{path}", line 3, in {name}\n' for path, name in FRAMES[phase]
         )
         assert first(f"Traceback (most recent call last):\n{frames}{texts.OLD}").phase == phase
 
@@ -157,7 +174,10 @@ class TestPhases:
         assert first(f"Traceback (most recent call last):\n{frames}{texts.OLD}").phase == "forward"
 
     def test_ipython(self) -> None:
-        text = f"Cell In[3], line 1\n----> 1 model.to('cuda')\n\nFile ~/x/torch/nn/modules/module.py:9, in Module._apply(self)\n{texts.OLD}"
+        text = (
+            f"Cell In[3], line 1\n----> 1 model.to('cuda')\n\nFile "
+            f"~/x/torch/nn/modules/module.py:9, in Module._apply(self)\n{texts.OLD}"
+        )
         assert first(text).phase == "load"
 
     def test_unknown(self) -> None:
@@ -195,7 +215,10 @@ class TestCauses:
         assert in_vain == ["not a smaller batch: no batch has been made yet"]
         shared = [a.text for a in first(texts.SHARED + " set expandable_segments:True").advice if not a.helps]
         assert shared == [
-            "not `expandable_segments`, which the message suggests: only 20.0 MiB are cached, less than was asked for"
+            (
+                "not `expandable_segments`, which the message suggests: only 20.0 MiB are cached, less "
+                "than was asked for"
+            )
         ]
 
     def test_fixes_are_in_the_tools_own_words(self) -> None:
@@ -213,10 +236,15 @@ class TestEvents:
             f"[rank1]: {texts.OLD.replace('33.00', '11.00')}",
         ]
         diagnosis = diagnose("\n".join(rows))
-        assert [(e.rank, e.phase, e.line) for e in diagnosis.events] == [(0, "optimizer", 3), (1, "backward", 4)]
+        assert [(e.rank, e.phase, e.line) for e in diagnosis.events] == [
+            (0, "optimizer", 3),
+            (1, "backward", 4),
+        ]
 
     def test_the_same_failure_told_twice_is_one(self) -> None:
-        diagnosis = diagnose(f"{texts.CURRENT}\n\nDuring handling of the above exception\n\n{texts.CURRENT}\n")
+        diagnosis = diagnose(
+            f"{texts.CURRENT}\n\nDuring handling of the above exception\n\n{texts.CURRENT}\n"
+        )
         assert (diagnosis.n_ooms, diagnosis.events[0].echoes) == (1, 1)
 
     def test_what_follows_is_an_echo(self) -> None:
@@ -298,10 +326,24 @@ def test_keys_of_the_json() -> None:
     document = diagnose(texts.CURRENT).to_dict()
     assert list(document) == ["events", "compat", "n_ooms"]
     assert list(document["events"][0]) == [
-        "kind", "framework", "gpu", "rank", "requested_bytes", "total_bytes", "free_bytes", "allocated_bytes",
-        "reserved_bytes", "reserved_unallocated_bytes", "process_bytes", "other_process_bytes", "phase", "cause",
-        "evidence", "fixes", "line",
-    ]  # fmt: skip
+        "kind",
+        "framework",
+        "gpu",
+        "rank",
+        "requested_bytes",
+        "total_bytes",
+        "free_bytes",
+        "allocated_bytes",
+        "reserved_bytes",
+        "reserved_unallocated_bytes",
+        "process_bytes",
+        "other_process_bytes",
+        "phase",
+        "cause",
+        "evidence",
+        "fixes",
+        "line",
+    ]
 
 
 class TestData:
@@ -339,10 +381,43 @@ class TestData:
 
 PIECES = [
     *(text for _, text in texts.ONE_OF_EACH.values()),
-    texts.CURRENT, texts.OLD, texts.ASYNC, "\x1b[31m", "\x1b]0;title\x07", "[bold]x[/bold]", "[rank1]: ", "\r", "\n",
-    "Traceback (most recent call last):\n", '  File "a.py", line 1, in f\n', "> ", "```", "\u202e", "1", " GiB ",
-    "Process 1 has ", "shape[1,", "\\n", "=\n", "0: ", "( ", "|",
-]  # fmt: skip
+    texts.CURRENT,
+    texts.OLD,
+    texts.ASYNC,
+    "\x1b[31m",
+    "\x1b]0;title\x07",
+    "[bold]x[/bold]",
+    "[rank1]: ",
+    "\r",
+    "\n",
+    "Traceback (most recent call last):\n",
+    '  File "a.py", line 1, in f\n',
+    "> ",
+    "```",
+    "\u202e",
+    "1",
+    " GiB ",
+    "Process 1 has ",
+    "shape[1,",
+    "\\n",
+    "=\n",
+    "0: ",
+    "( ",
+    "|",
+]
+
+REPEATED = [
+    "\n",
+    "[rank1]: x\n",
+    texts.CURRENT,
+    texts.OLD + "\n",
+    "Process 1 has 1 GiB memory in use ",
+    "shape[1,",
+    "\x1b]0;",
+    '  File "a", line 1, in f\n',
+    "CUDA out of memory ",
+    "Traceback (most recent call last):\n",
+]
 
 
 class TestHostileTexts:
@@ -357,7 +432,7 @@ class TestHostileTexts:
             assert event.line >= 1
         diagnosis.to_dict()
 
-    @pytest.mark.parametrize("piece", ["\n", "[rank1]: x\n", texts.CURRENT, texts.OLD + "\n", "Process 1 has 1 GiB memory in use ", "shape[1,", "\x1b]0;", '  File "a", line 1, in f\n', "CUDA out of memory ", "Traceback (most recent call last):\n"])  # fmt: skip
+    @pytest.mark.parametrize("piece", REPEATED)
     def test_time_grows_with_the_text_and_no_faster(self, piece: str) -> None:
         def seconds(size: int) -> float:
             text = (piece * (size // len(piece) + 1))[:size]

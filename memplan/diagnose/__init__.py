@@ -1,4 +1,4 @@
-"""Out-of-memory texts explained. `memplan.diagnose(text)` and the package are one name, so the package is callable."""
+"""Out-of-memory texts explained. `memplan.diagnose` is also the function, so the package can be called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why it ran out, and what in the text says so. What the text doesn't settle stays unknown, and is said so."""
+"""Why it ran out, and what in the text says so. What the text doesn't settle is called unknown."""
 
 from __future__ import annotations
 
@@ -17,22 +17,27 @@ OTHERS_INFERRED_SHARE = 0.5
 OTHERS_TOLD_SHARE = 0.1
 """Of the card. What a message doesn't name may also be this process's own context and libraries."""
 ROOM_SHARE = 0.02
-"""Of the card, by which the free memory must exceed the request to speak against a lack: torch asks the driver
-for whole segments, and the driver keeps some for itself."""
+"""Of the card, by which the free memory must exceed the request to speak against a lack: torch asks the
+driver for whole segments, and the driver keeps some for itself."""
 _HUGE_BYTES = 32 * GIB
 """Where the message doesn't say how large the card is."""
 _LEAK = (
     r"memory leak|leaks? memory|keeps? (?:growing|increasing|rising)|grows? (?:every|each|over|with|until)"
-    r"|(?:gradually|steadily) (?:grow|increas|fill)|(?:越来越|逐渐|不断)(?:大|增|多)|after (?:\d+|several|a few|many) (?:steps|iterations|epochs|requests|calls)"
+    r"|(?:gradually|steadily) (?:grow|increas|fill)|(?:越来越|逐渐|不断)(?:大|增|多)"
+    r"|after (?:\d+|several|a few"
+    r"|many) (?:steps|iterations|epochs|requests|calls)"
     r"|\b\d+ times\b.{0,80}(?:fill|full)"
 )
 _OTHERS = (
-    r"(?:another|other) (?:process|job|model|program)\w{0,2} (?:is|was|are|already|holds?|holding|using|uses?|took|on)"
-    r"|(?:was|is|were|are) (?:still )?(?:holding|occupying|occupied by|taken by|already using)|all (?:cards|ranks|workers|processes) .{0,30}(?:same|first) (?:gpu|card)"
+    r"(?:another|other) (?:process|job|model|program)\w{0,2} (?:is|was|are|already|holds?|holding|using"
+    r"|uses?|took|on)"
+    r"|(?:was|is|were|are) (?:still )?(?:holding|occupying|occupied by|taken by|already using)"
+    r"|all (?:cards|ranks|workers|processes) .{0,30}(?:same|first) (?:gpu|card)"
     r"|挤到|占用|被占|zajęte przez"
 )
 _TOO_LARGE = (
-    r"batch.{0,24}(?:过大|太大|调小|too (?:large|big|high))|(?:too (?:large|big)|larger?) (?:a )?(?:batch|model)|(?:reduc|lower|decreas|shrink)\w{0,4} (?:the |your )?batch"
+    r"batch.{0,24}(?:过大|太大|调小|too (?:large|big|high))|(?:too (?:large|big)|larger?) (?:a )?(?:batch"
+    r"|model)|(?:reduc|lower|decreas|shrink)\w{0,4} (?:the |your )?batch"
     r"|smaller (?:batch|model)|显存(?:不足|不够)|not enough (?:gpu|video|v)"
 )
 _TORCH: frozenset[Kind] = frozenset({"cuda_oom", "hip_oom", "xpu_oom", "npu_oom", "mps_oom", "paddle_oom"})
@@ -128,7 +133,10 @@ def _of_a_card(finding: Finding) -> Answer:
         text = f"{format_bytes(free)} were free, more than the {format_bytes(requested)} asked for"
         return "unknown", (f"{text}: no lack of memory that this message shows",)
     if cached is not None and total and requested is not None and _is_fragmented(f, cached, requested, total):
-        text = f"{format_bytes(cached)} were reserved and in no tensor, more than the {format_bytes(requested)} asked for"
+        text = (
+            f"{format_bytes(cached)} were reserved and in no tensor, more than the "
+            f"{format_bytes(requested)} asked for"
+        )
         return "fragmentation", (f"{text}, but in no piece large enough",)
     others = others_bytes(f)
     if others is not None and total:

@@ -1,8 +1,7 @@
-"""What is wrong with an environment before anything runs in it: versions, backends, GPUs. Nothing is imported."""
+"""What is wrong with an environment before anything runs in it: versions, backends, GPUs."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -30,7 +29,7 @@ _STOPS = frozenset(
         "deepspeed-elastic-log",
         "optimizer-has-no-train",
     }
-    | {"torch-load-vulnerable", "fsdp-integer-weights", "rope-scaling-fields"}
+    | {"torch-load-vulnerable", "fsdp-integer-weights"}
 )
 """Entries that a job meets whatever its code is; the others need code of another version."""
 
@@ -150,9 +149,11 @@ def _serves(backends: tuple[str, ...], torch_cuda: str) -> bool:
 
 
 def _version(name: str) -> str | None:
+    from importlib import metadata
+
     try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
         return None
 
 

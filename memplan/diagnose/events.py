@@ -1,4 +1,4 @@
-"""From a stream's text to findings: where a wording stands, how far its message reaches, what repeats what."""
+"""From a stream's text to findings: where a wording stands, how far its message reaches, what repeats."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def findings_of(stream: Stream) -> list[Finding]:
 
 
 def merged(findings: Sequence[Finding]) -> list[tuple[Finding, int]]:
-    """Findings that tell of different failures, in the order of the text, and how often each is told again."""
+    """Findings of different failures, in the order of the text, and how often each is told again."""
     distinct: list[tuple[Finding, int]] = []
     for finding in sorted(findings, key=lambda finding: finding.line):
         for i in range(len(distinct) - 1, max(-1, len(distinct) - 65), -1):

@@ -1,4 +1,4 @@
-"""What to change: for this cause, in this phase, written in the options of the tool that the traceback shows."""
+"""What to change: for this cause and phase, in the options of the tool that the traceback shows."""
 
 from __future__ import annotations
 
@@ -70,7 +70,10 @@ _OPTIONS: Mapping[str, Mapping[str, str]] = {
         "pytorch": "LoRA in place of training all weights",
     },
     "shard": {
-        "transformers": "FSDP (`--fsdp full_shard`) or ZeRO-3 (`--deepspeed ds_zero3.json`), which divide the weights over the cards",
+        "transformers": (
+            "FSDP (`--fsdp full_shard`) or ZeRO-3 (`--deepspeed ds_zero3.json`), which "
+            "divide the weights over the cards"
+        ),
         "axolotl": "`deepspeed: deepspeed_configs/zero3_bf16.json`",
         "llamafactory": "`deepspeed: examples/deepspeed/ds_z3_config.json`",
         "deepspeed": "`stage: 3` under `zero_optimization`",
@@ -119,7 +122,8 @@ def _fixes(finding: Finding, phase: Phase, cause: Cause) -> Iterator[str]:
         yield from _for_the_phase(tool, phase)
     if cause == "unknown":
         yield (
-            "paste the whole message and traceback, and the output of `nvidia-smi` from the moment of the failure: "
+            "paste the whole message and traceback, and the output of `nvidia-smi` from the moment of "
+            "the failure: "
             "this text alone doesn't tell the cause"
         )
 
@@ -127,23 +131,44 @@ def _fixes(finding: Finding, phase: Phase, cause: Cause) -> Iterator[str]:
 def _for_the_cause(finding: Finding, cause: Cause) -> Iterator[str]:
     figures = finding.figures
     if cause == "other_process":
-        yield "look with `nvidia-smi` at what else is on the card, and end it or choose another: `CUDA_VISIBLE_DEVICES=1`"
+        yield (
+            "look with `nvidia-smi` at what else is on the card, and end it or choose another: "
+            "`CUDA_VISIBLE_DEVICES=1`"
+        )
         if finding.rank:
             yield (
                 f"rank {finding.rank} works on {_card(figures)}: give each its own, "
                 '`torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))` and `device_map={"": local_rank}`'
             )
     elif cause == "fragmentation" and finding.kind in ("cuda_oom", "hip_oom"):
-        yield f"`{_variable(finding)}=expandable_segments:True`: what is cached then serves requests of any size"
-        yield "keep lengths alike (`--group_by_length`, or padding to a multiple), so that freed blocks can be used again"
+        yield (
+            f"`{_variable(finding)}=expandable_segments:True`: what is cached then serves requests "
+            f"of any size"
+        )
+        yield (
+            "keep lengths alike (`--group_by_length`, or padding to a multiple), so that freed "
+            "blocks can be used again"
+        )
     elif cause == "config" and figures.allowed_bytes is not None:
-        yield "raise the cap: `torch.cuda.set_per_process_memory_fraction`, or `per_process_memory_fraction` in the allocator's settings"
+        yield (
+            "raise the cap: `torch.cuda.set_per_process_memory_fraction`, or "
+            "`per_process_memory_fraction` in the allocator's settings"
+        )
     elif cause == "config":
-        yield "look for what makes the size: ranks that wait in different collectives, or a length read from garbage"
+        yield (
+            "look for what makes the size: ranks that wait in different collectives, or a length "
+            "read from garbage"
+        )
     elif cause == "leak":
-        yield "keep no tensor of past steps: `total += loss.item()` in place of `total += loss`, and outputs moved to the CPU"
+        yield (
+            "keep no tensor of past steps: `total += loss.item()` in place of `total += loss`, and "
+            "outputs moved to the CPU"
+        )
     elif cause == "single_huge_allocation":
-        yield "find the tensor: the innermost line of your own code in the traceback makes it, from a batch, a length or a shape that is too large"
+        yield (
+            "find the tensor: the innermost line of your own code in the traceback makes it, from a "
+            "batch, a length or a shape that is too large"
+        )
 
 
 def _for_the_phase(tool: str, phase: Phase) -> Iterator[str]:
@@ -165,10 +190,16 @@ def _for_the_phase(tool: str, phase: Phase) -> Iterator[str]:
             yield "fewer or shorter sequences at once: the batch, `max_new_tokens`, the length of the prompt"
             yield '`cache_implementation="offloaded"` of `generate`, which keeps the KV cache on the host'
         case "save":
-            yield "save in parts: `SHARDED_STATE_DICT` under FSDP, `stage3_gather_16bit_weights_on_model_save: false` under ZeRO-3"
+            yield (
+                "save in parts: `SHARDED_STATE_DICT` under FSDP, "
+                "`stage3_gather_16bit_weights_on_model_save: false` under ZeRO-3"
+            )
             yield "move each tensor to the CPU before it is converted or merged"
         case "data":
-            yield "move a batch to the card when its step begins, not when it is collated, and fewer samples at once"
+            yield (
+                "move a batch to the card when its step begins, not when it is collated, and fewer "
+                "samples at once"
+            )
 
 
 def _for_the_host(finding: Finding, phase: Phase) -> Iterator[str]:
@@ -186,28 +217,42 @@ def _for_the_host(finding: Finding, phase: Phase) -> Iterator[str]:
         yield _HOST_LOAD
         yield "weights as safetensors, and `device_map` so that they go to the card one by one"
     elif phase == "data":
-        yield "fewer `dataloader_num_workers`, and data that is read from disk (memory-mapped) in place of held"
+        yield (
+            "fewer `dataloader_num_workers`, and data that is read from disk (memory-mapped) in place of held"
+        )
     elif phase == "optimizer":
         yield "less on the host: no optimizer offload, or an 8-bit optimizer on the card"
     elif phase == "save":
         yield "save in shards, by one process"
     else:
-        yield "find what grows on the host: `dataloader_num_workers`, offload to the CPU, each process's own copy of the weights"
+        yield (
+            "find what grows on the host: `dataloader_num_workers`, offload to the CPU, each "
+            "process's own copy of the weights"
+        )
     yield "`dmesg -T | grep -i oom` shows whether the kernel ended it, and what else was large"
 
 
 def _for_a_server(finding: Finding, cause: Cause) -> Iterator[str]:
     f = finding.figures
     if finding.framework == "sglang" or finding.kind == "sglang_kv":
-        yield "raise `--mem-fraction-static` where the KV cache is too small, lower it where activations ran out"
+        yield (
+            "raise `--mem-fraction-static` where the KV cache is too small, lower it where "
+            "activations ran out"
+        )
         yield "`--context-length` shorter, `--max-running-requests` fewer"
         return
     if cause == "other_process":
         yield "end what else is on the card, see `nvidia-smi`: an earlier engine often is"
     if f.total_bytes and f.free_bytes is not None and f.requested_bytes:
-        yield f"`--gpu-memory-utilization {max(0.05, f.free_bytes / f.total_bytes - 0.02):.2f}`, which fits what is free"
+        yield (
+            f"`--gpu-memory-utilization {max(0.05, f.free_bytes / f.total_bytes - 0.02):.2f}`, which "
+            f"fits what is free"
+        )
     elif cause == "kv_cache":
-        yield "`--max-model-len` down to the length that the message says is possible, or a higher `--gpu-memory-utilization`"
+        yield (
+            "`--max-model-len` down to the length that the message says is possible, or a higher "
+            "`--gpu-memory-utilization`"
+        )
         yield "`--kv-cache-dtype fp8`, which halves the KV cache"
     else:
         yield "a lower `--gpu-memory-utilization`, `--max-num-seqs` and `--max-num-batched-tokens`"
@@ -233,19 +278,28 @@ def _in_vain(finding: Finding, phase: Phase, cause: Cause) -> Iterator[str]:
     if cause == "fragmentation":
         yield "not a larger card first: enough is reserved, in the wrong pieces"
     if finding.kind == "mps_oom" and "high_watermark_ratio" in said:
-        yield "not `PYTORCH_MPS_HIGH_WATERMARK_RATIO=0.0` as a first step: without the limit the whole system may stop"
+        yield (
+            "not `PYTORCH_MPS_HIGH_WATERMARK_RATIO=0.0` as a first step: without the limit the whole "
+            "system may stop"
+        )
     if "empty_cache" in said and cause in ("capacity", "other_process"):
         yield "not `empty_cache`: the allocator already gives its cache back before it fails"
 
 
 _BY_KIND: Mapping[Kind, tuple[str, ...]] = {
     "shm": (
-        "give the container more shared memory: `docker run --shm-size=16g` or `--ipc=host`; on Kubernetes an `emptyDir` with `medium: Memory` at /dev/shm",
+        (
+            "give the container more shared memory: `docker run --shm-size=16g` or `--ipc=host`; on "
+            "Kubernetes an `emptyDir` with `medium: Memory` at /dev/shm"
+        ),
         "`dataloader_num_workers` 0, or `torch.multiprocessing.set_sharing_strategy('file_system')`",
     ),
     "load_dispatch": (
         'make the card empty (`nvidia-smi`) and place the model whole, `device_map={"": 0}`',
-        "fewer bits or a smaller model, if it is too large for the card: it can't be trained from the CPU or disk",
+        (
+            "fewer bits or a smaller model, if it is too large for the card: it can't be trained from the "
+            "CPU or disk"
+        ),
     ),
     "not_oom": ("look for the error itself: the card's memory isn't short, so a smaller batch won't help",),
     "compat": (),
@@ -255,17 +309,26 @@ _BY_KIND: Mapping[Kind, tuple[str, ...]] = {
     ),
     "jax_oom": (
         "a smaller batch, or `jax.checkpoint` around the layers",
-        "`XLA_PYTHON_CLIENT_MEM_FRACTION=.95` where the pool is smaller than the card, and nothing else on it",
+        (
+            "`XLA_PYTHON_CLIENT_MEM_FRACTION=.95` where the pool is smaller than the card, and nothing "
+            "else on it"
+        ),
     ),
     "tf_oom": (
         "a smaller batch",
         "`tf.config.experimental.set_memory_growth(gpu, True)` where several processes share the card",
     ),
     "cupy_oom": (
-        "arrays in pieces or of a smaller type; `cupy.get_default_memory_pool().free_all_blocks()` between stages",
+        (
+            "arrays in pieces or of a smaller type; `cupy.get_default_memory_pool().free_all_blocks()` "
+            "between stages"
+        ),
     ),
     "ort_oom": (
-        "`gpu_mem_limit` and `arena_extend_strategy: kSameAsRequested` of the CUDA provider, and one session for all requests",
+        (
+            "`gpu_mem_limit` and `arena_extend_strategy: kSameAsRequested` of the CUDA provider, and one "
+            "session for all requests"
+        ),
     ),
     "paddle_oom": (
         "a smaller batch",

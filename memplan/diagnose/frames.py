@@ -27,7 +27,7 @@ _MARKS = re.compile(r"\s*[\^~]+\s*$")
 
 
 def frames_of(stream: Stream, index: int, since: int) -> tuple[Frame, ...]:
-    """The frames that lead to the error on line `index`, outermost first; nothing from before line `since`."""
+    """The frames that lead to the error on line `index`, outermost first; none from before line `since`."""
     first = index
     while first > 0 and index - first < _BACK and stream.lines[first - 1].number >= since:
         first -= 1

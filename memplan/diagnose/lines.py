@@ -10,14 +10,25 @@ from functools import cached_property
 from typing import NamedTuple
 
 _ESCAPE = re.compile(
-    r"(?:\x1b\[|\x9b|\\x1b\[|\\u001b\[|\\033\[|\^\[\[|\u241b\[)[0-?]{0,32}[ -/]{0,4}[@-~]"  # CSI, printed or real
+    r"(?:\x1b\[|\x9b|\\x1b\[|\\u001b\[|\\033\[|\^\[\[|\u241b\[)[0-?]{0,32}[ -/]{0,4}[@-~]"  # CSI
     r"|(?:\x1b[\]PX^_]|\x9d)[^\x07\x1b\x9c\n]{0,4096}(?:\x07|\x1b\\|\x9c)?"  # OSC and the like
     r"|\x1b.?"
     r"|\[\d{1,3}(?:;\d{1,3}){0,5}m"  # a colour whose escape was lost on the way
 )
 _INVISIBLE = dict.fromkeys(
-    [*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), *range(0x7F, 0xA0), 0xAD, *range(0x200B, 0x2010)]
-    + [*range(0x202A, 0x202F), *range(0x2060, 0x2065), *range(0x2066, 0x2070), 0xFEFF]
+    [
+        *range(9),
+        11,
+        12,
+        *range(14, 32),
+        *range(127, 160),
+        173,
+        *range(8203, 8208),
+        *range(8234, 8239),
+        *range(8288, 8293),
+        *range(8294, 8304),
+        65279,
+    ]
 )
 _SPACES = dict.fromkeys([0x09, 0xA0, 0x2007, 0x202F, 0x3000], " ")
 _QUOTE = re.compile(r"\s{0,40}(?:[>│┃║|#]|//+|\* )[ ]?")
@@ -25,7 +36,7 @@ _BORDER = re.compile(r"[ ]{0,400}[│┃║|]\s*$")
 _PREFIXES = tuple(
     re.compile(pattern)
     for pattern in (
-        r"\s{0,16}\[(?:rank|default|Rank |RANK )\s?(?P<rank>\d{1,5})\]:? ?",  # torch's excepthook, torchrun --tee
+        r"\s{0,16}\[(?:rank|default|Rank |RANK )\s?(?P<rank>\d{1,5})\]:? ?",  # torch, torchrun
         r"(?:rank|Rank) ?(?P<rank>\d{1,5}): ",
         r"\[\d{1,5},(?P<rank>\d{1,5})\]<std(?:err|out)>: ?",  # mpirun --tag-output
         r"\((?:[A-Za-z]{1,40}_TP)(?P<rank>\d{1,4})[^()]{0,60}\) ?",  # vLLM's workers
@@ -79,7 +90,7 @@ def clean(text: str) -> str:
 
 
 def split_lines(text: str, first: int = 1) -> list[tuple[int, str]]:
-    """Numbered lines that hold anything, whichever system ended them; a progress bar's returns divide its line."""
+    """Numbered lines that hold anything, whichever system ended them; returns divide a progress bar."""
     if "\n" not in text and text.count("\r") > 1:
         text = text.replace("\r", "\n")
     rows: list[tuple[int, str]] = []

@@ -100,7 +100,8 @@ def _differences(plan: Plan, event: Event, comparisons: Iterable[Comparison]) ->
             difference = c.planned_bytes / c.stated_bytes - 1
             if abs(difference) > AGREES_WITHIN:
                 yield (
-                    f"{c.name}: {format_bytes(c.stated_bytes)} in the text, {format_bytes(c.planned_bytes)} in the "
+                    f"{c.name}: {format_bytes(c.stated_bytes)} in the text, "
+                    f"{format_bytes(c.planned_bytes)} in the "
                     f"plan ({difference:+.0%})"
                 )
 

@@ -28,7 +28,7 @@ _FIRST_PIECES, _LAST_PIECES = 48, 16
 _LINE = 400
 _OVERLAP = 64
 _PATIENCE = 20_000
-"""Hits in vain after which a literal gives way to its stricter forms: some logs speak of memory on every line."""
+"""Hits in vain after which a literal gives way to stricter forms: some logs speak of memory on every line."""
 _LITERALS: dict[bytes, tuple[bytes, ...]] = {
     b"emory": (b"ut of memory", b"allocate memory", b"hared memory", b"nough memory"),
     b"_MEMORY": (b"OF_MEMORY", b"DEVICE_MEMORY"),

@@ -26,7 +26,7 @@ _ITS_OWN = frozenset({"pytorch", "cuda", "python"})
 
 
 def tool_of(finding: Finding) -> str:
-    """The tool nearest to the user among those that the frames show, else the words around, else the library."""
+    """The tool nearest to the user among those in the frames, else in the words around, else the library."""
     if finding.framework not in _ITS_OWN:
         return finding.framework
     paths = "\n".join(frame.path for frame in finding.frames).lower().replace("\\", "/")

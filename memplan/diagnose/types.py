@@ -1,4 +1,4 @@
-"""What a diagnosis says, as data. Whatever a text doesn't state is None, and "unknown" where a person reads."""
+"""What a diagnosis says, as data. What a text doesn't state is None, and "unknown" where a person reads."""
 
 from __future__ import annotations
 

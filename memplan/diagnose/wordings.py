@@ -38,7 +38,9 @@ def wordings() -> tuple[Wording, ...]:
     """The table. Where two match at one place, the earlier row counts."""
     rows = (line.split("\t") for line in DATA.read_text(encoding="utf-8").splitlines() if "\t" in line)
     return tuple(
-        Wording(cast(Kind, kind), framework, needle, pattern.replace("{SIZE}", SIZE), source, strength == "weak")
+        Wording(
+            cast(Kind, kind), framework, needle, pattern.replace("{SIZE}", SIZE), source, strength == "weak"
+        )
         for kind, framework, strength, needle, pattern, source in rows
         if not kind.startswith("#")
     )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from memplan.diagnose.doctor import Health
 from memplan.diagnose.types import NOT_OOM, CompatMatch, Diagnosis, Event, Replan
 from memplan.report.text import clean, clean_line, to_ascii
 from memplan.units import format_bytes
+
+if TYPE_CHECKING:
+    from memplan.diagnose.doctor import Health
 
 _WHEN = {
     "load": " while loading or placing the model",
@@ -171,7 +174,10 @@ def _replan(page: _Page, replan: Replan) -> None:
         if c.stated_bytes is not None and c.planned_bytes is not None:
             page.item(
                 "-",
-                f"{c.name}: {format_bytes(c.stated_bytes)} in the text, {format_bytes(c.planned_bytes)} planned",
+                (
+                    f"{c.name}: {format_bytes(c.stated_bytes)} in the text, "
+                    f"{format_bytes(c.planned_bytes)} planned"
+                ),
             )
     if replan.agrees:
         page.item("-", "the plan and the text agree")
@@ -187,7 +193,10 @@ def _others(page: _Page, diagnosis: Diagnosis) -> None:
         page.heading("Told again")
         page.item(
             "-",
-            f"{first.echoes} more mention{'s' * (first.echoes > 1)} of the same failure or of what followed from it",
+            (
+                f"{first.echoes} more mention{'s' * (first.echoes > 1)} of the same failure or of what "
+                f"followed from it"
+            ),
         )
     if others:
         page.heading(f"After that, {len(others)} more")
