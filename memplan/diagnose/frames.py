@@ -20,7 +20,7 @@ _PATTERNS = (
     re.compile(
         r"\s{0,8}(?P<path>(?:[~/.<]|[A-Za-z]:)[^\s:]{1,400}) in (?P<function>[\w<>.]{1,120}\(.{0,200})"
     ),
-    re.compile(r"\s{0,8}(?P<path>\S{1,400}\.py):\d{1,7}:? in (?P<function>[\w<>.]{1,120})"),
+    re.compile(r"\s{0,8}(?P<path>\S{1,400}\.py):\d{1,7}:?\s{1,12}in (?P<function>[\w<>.]{1,120})"),
 )
 _ARROW = re.compile(r"\s{0,8}-{1,6}> ?\d{1,6} ?(?P<source>.{1,300})")
 _MARKS = re.compile(r"\s*[\^~]+\s*$")

@@ -40,6 +40,7 @@ _PREFIXES = tuple(
         r"(?:rank|Rank) ?(?P<rank>\d{1,5}): ",
         r"\[\d{1,5},(?P<rank>\d{1,5})\]<std(?:err|out)>: ?",  # mpirun --tag-output
         r"\((?:[A-Za-z]{1,40}_TP)(?P<rank>\d{1,4})[^()]{0,60}\) ?",  # vLLM's workers
+        r"\([A-Za-z]{1,40}[^()]{0,60}\brank=(?P<rank>\d{1,5})[^()]{0,80}\) ?",
         r"\([A-Za-z]{1,40}[^()]{0,80}\bpid=\d{1,9}[^()]{0,80}\) ?",  # Ray's and vLLM's
         r"[A-Za-z][\w.-]{0,60}: (?=\[rank|\[default)",  # pdsh puts the host before
     )
