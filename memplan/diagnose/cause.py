@@ -29,6 +29,7 @@ _LEAK = (
     r"|\b\d+ times\b.{0,80}(?:fill|full)"
 )
 _OTHERS = (
+    r"something else is (?:using|on|holding)|(?:was|is|were|are) (?:still )?occupied\b|"
     r"(?:another|other) (?:process|job|model|program)\w{0,2} (?:is|was|are|already|holds?|holding|using"
     r"|uses?|took|on)"
     r"|(?:was|is|were|are) (?:still )?(?:holding|occupying|occupied by|taken by|already using)"

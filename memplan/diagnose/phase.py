@@ -211,32 +211,26 @@ _PLAIN_WORDS: tuple[tuple[Phase, str], ...] = (
     (
         "generate",
         (
-            r"comfyui|stable diffusion|\bsdxl\b|\bflux\b|diffusers|webui|ksampler|\bvae\b"
-            r"|text-to-image|image generation|error completing request|ollama"
-            r"|whisper|upscal|\brender|\bchat\b|\bserv(?:e|ing)\b|\bllm\b"
+            r"comfyui|stable diffusion|\bsdxl\b|\bflux\b|diffusers|webui|ksampler|\bvae\b|text-to-image"
+            r"|image generation|error completing request|ollama|whisper|upscal|\brender|\bchat\b|\bserving\b"
         ),
     ),
     (
         "load",
         (
-            r"\bload(?:s|ed|ing)?\b|\bstart(?:s|ed|ing)? up\b|\bboots?\b|model\.(?:to|cuda)\("
-            r"|\.to\(.?(?:cuda|device)|into (?:vram|gpu memory)|onto (?:the )?gpu|\bstarting\b|启动"
+            r"\bload(?:s|ed|ing)?\b|\bstart(?:s|ed|ing)? up\b|\bboots?\b|model\.(?:to|cuda)\(|into (?:vram"
+            r"|gpu memory)"
+            r"|onto (?:the )?gpu|启动"
         ),
     ),
-    ("loss", r"\blogits\b|\bvocab"),
-    ("data", r"read_csv|\bpandas\b|parquet|\bdatasets?\b|tokeniz|data loading|数据"),
-    ("eval", r"\btest(?:ing)?\b|\beval\b"),
-    (
-        "forward",
-        (
-            r"\battention\b|\bactivations?\b|\bconv(?:olution|\dd)?|node \w|op:\w|\bencoder\b"
-            r"|\blayers?\b"
-        ),
-    ),
-    ("backward", r"\bgradients?\b|\bgrad\b"),
+    ("loss", r"\blogits\b"),
+    ("data", r"read_csv|\bpandas\b|parquet|load_dataset|tokeniz|data loading"),
+    ("forward", r"\{\{node|\bop:\w|\bactivations?\b|\bconv(?:olution|\dd)\b"),
+    ("backward", r"\bgradients?\b"),
 )
 _GENERATIVE = (
-    r"\bllm\b|token|prompt|diffus|\bvae\b|llama|\bchat|vllm|gpt|qwen|max_new_tokens|comfyui|text-to-|\btts\b"
+    r"video|视频|\bllm\b|token|prompt|diffus|\bvae\b|llama|\bchat|vllm|gpt|qwen|max_new_tokens"
+    r"|comfyui|text-to-|\btts\b"
 )
 
 
