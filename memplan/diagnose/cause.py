@@ -39,7 +39,7 @@ _OTHERS = (
 _TOO_LARGE = (
     r"batch.{0,24}(?:过大|太大|调小|too (?:large|big|high))|(?:too (?:large|big)|larger?) (?:a )?(?:batch"
     r"|model)|(?:reduc|lower|decreas|shrink)\w{0,4} (?:the |your )?batch"
-    r"|smaller (?:batch|model)|显存(?:不足|不够)|not enough (?:gpu|video|v)"
+    r"|smaller (?:batch|model)|显存(?:不足|不够)|无剩余|放不下|(?:n't|not) fit\b|not enough (?:gpu|video|v)"
 )
 _TORCH: frozenset[Kind] = frozenset({"cuda_oom", "hip_oom", "xpu_oom", "npu_oom", "mps_oom", "paddle_oom"})
 _FIXED: dict[Kind, Cause] = {
@@ -56,9 +56,15 @@ _USUAL: dict[Kind, Cause] = {
     "jax_oom": "capacity",
     "tf_oom": "capacity",
     "cupy_oom": "capacity",
+    "ort_oom": "capacity",
+    "cublas_alloc": "capacity",
+    "cudnn_alloc": "capacity",
 }
 """These report with no figures of the card, and their pools hold nearly all of it."""
 
+_IF_NOT_AN_INDEX = (
+    "its handle needs memory that a full card doesn't have; an index out of range before it looks the same",
+)
 Answer = tuple[Cause, tuple[str, ...]]
 
 
@@ -85,8 +91,8 @@ def cause_of(finding: Finding, phase: Phase) -> Answer:
         return "other_process", ("the text speaks of something else that holds the card",)
     if _is_huge(finding):
         return "single_huge_allocation", (_huge(figures.requested_bytes),)
-    if kind in _USUAL:
-        return _USUAL[kind], ()
+    if kind in _USUAL and "not_initialized" not in finding.message.lower():
+        return _USUAL[kind], _IF_NOT_AN_INDEX if kind in ("cublas_alloc", "cudnn_alloc") else ()
     return _by_its_own_words(finding, "the message states no sizes, so the cause can't be told from it")
 
 
@@ -103,13 +109,14 @@ def _by_its_own_words(finding: Finding, unless: str) -> Answer:
 
 def others_bytes(figures: Figures) -> tuple[int, bool] | None:
     """What other processes hold, and whether the message says so or it is only what is left over."""
-    if figures.other_process_bytes is not None:
-        return figures.other_process_bytes, True
+    stated = figures.other_process_bytes
     if figures.total_bytes is None or figures.free_bytes is None:
-        return None
+        return None if stated is None else (stated, True)
     used = figures.total_bytes - figures.free_bytes
     if figures.process_bytes is not None:
-        return max(0, used - figures.process_bytes), True
+        return max(stated or 0, used - figures.process_bytes, 0), True
+    if stated is not None:
+        return stated, True
     own = figures.reserved_bytes
     if own is None and figures.allocated_bytes is not None and figures.reserved_unallocated_bytes is not None:
         own = figures.allocated_bytes + figures.reserved_unallocated_bytes
@@ -119,6 +126,12 @@ def others_bytes(figures: Figures) -> tuple[int, bool] | None:
 def _of_a_card(finding: Finding) -> Answer:
     f = finding.figures
     requested, total, free, cached = f.requested_bytes, f.total_bytes, f.free_bytes, f.cached_bytes
+    if cached is not None and total and requested is not None and _is_fragmented(f, cached, requested, total):
+        text = (
+            f"{format_bytes(cached)} were reserved and in no tensor, more than the "
+            f"{format_bytes(requested)} asked for"
+        )
+        return "fragmentation", (f"{text}, but in no piece large enough",)
     if f.allowed_bytes is not None:
         return "config", (
             f"the process may take only {format_bytes(f.allowed_bytes)}{_of(total)}: a cap is set",
@@ -133,12 +146,6 @@ def _of_a_card(finding: Finding) -> Answer:
     if requested is not None and free is not None and free >= requested + ROOM_SHARE * (total or 0):
         text = f"{format_bytes(free)} were free, more than the {format_bytes(requested)} asked for"
         return "unknown", (f"{text}: no lack of memory that this message shows",)
-    if cached is not None and total and requested is not None and _is_fragmented(f, cached, requested, total):
-        text = (
-            f"{format_bytes(cached)} were reserved and in no tensor, more than the "
-            f"{format_bytes(requested)} asked for"
-        )
-        return "fragmentation", (f"{text}, but in no piece large enough",)
     others = others_bytes(f)
     if others is not None and total:
         share = OTHERS_STATED_SHARE if others[1] else OTHERS_INFERRED_SHARE
@@ -162,10 +169,15 @@ def _capacity(
 ) -> Answer:
     f = finding.figures
     held = f.process_bytes or f.reserved_bytes or f.allocated_bytes
+    if finding.kind == "mps_oom":
+        most = (
+            "more than it may take" if total is None else f"more than the {format_bytes(total)} it may take"
+        )
+        return "capacity", (f"the request would need {most}",)
+    if free == 0 and f.allocated_bytes == 0:
+        return "unknown", ("its figures are all zero: the library could not read the card",)
     if total is None and free is None:
         return _by_its_own_words(finding, "the message doesn't say what the card holds")
-    if finding.kind == "mps_oom" and total is not None:
-        return "capacity", (f"it may take {format_bytes(total)} in all, and would need more",)
     if free is None and (held is None or (total and held < 0.5 * total)):
         return _by_its_own_words(finding, "the message doesn't say what was free")
     evidence = []

@@ -152,6 +152,9 @@ def _united(first: Finding, again: Finding) -> Finding:
 
 def _without_consequences(distinct: list[tuple[Finding, int]]) -> list[tuple[Finding, int]]:
     """What only follows from an earlier failure is counted with the first, not listed."""
+    if any(finding.kind not in NOT_OOM and not finding.figures.is_empty for finding, _ in distinct):
+        # a full message stands for itself; one without figures may only echo a broken context
+        distinct = [pair for pair in distinct if pair[0].kind not in NOT_OOM]
     kept: list[tuple[Finding, int]] = []
     for finding, echoes in distinct:
         first = kept[0][0] if kept else None

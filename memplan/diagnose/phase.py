@@ -45,7 +45,7 @@ _SURROUNDING = (
     ),
     _Rule(
         "eval",
-        functions=r"(?:.*\.)?(?:evaluate\w*|evaluation_\w+|_?eval(?:_\w+)?|prediction_(?:step|loop)"
+        functions=r"(?:.*\.)?(?:evaluate\w*|\w+_eval|evaluation_\w+|_?eval(?:_\w+)?|prediction_(?:step|loop)"
         r"|predict(?:_\w+)?"
         r"|validat(?:e|ion)(?:_\w+)?|_run_validation|test(?:_(?:step|epoch|loop|model))?|run_eval\w*"
         r"|_maybe_log_save_evaluate|nested_\w+)$",
@@ -151,7 +151,8 @@ _FORWARD = _Rule(
     functions=r"(?:.*\.)?(?:\w*forward\w*|_call_impl|_wrapped_call_impl|__call__|_body|\w*attention\w*"
     r"|\w*attn\w*|sdpa\w*|apply_rotary\w*"
     r"|_compute_\w+|\w*einsum\w*|interpolate|training_step|compute_loss)$",
-    paths=r"torch/(?:nn/(?:functional|modules/(?!module))|functional\.py|_tensor\.py|_refs|_decomp|_ops"
+    paths=r"torchinductor|torch/(?:nn/(?:functional|modules/(?!module))|functional\.py|_tensor\.py"
+    r"|_refs|_decomp|_ops"
     r"|fft|linalg|special|_dynamo|_inductor|fx/|utils/checkpoint)"
     r"|transformers/models/|/modeling_\w+\.py$|/(?:layers?|nets?|networks?|backbones?|modules)/"
     r"|torchvision/(?:models|ops)|/timm/|einops|xformers|flash_attn|/triton/"
@@ -202,7 +203,8 @@ _WORDS: tuple[tuple[Phase, str], ...] = (
     (
         "forward",
         (
-            r"forward pass|in forward|\bforward\b|running \w+ node|\bf\.(?:conv|linear|layer_norm"
+            r"forward pass|op_requires failed at|in forward|\bforward\b|running \w+ node|\bf\.(?:conv"
+            r"|linear|layer_norm"
             r"|scaled_dot|softmax)|_conv_forward|前向"
         ),
     ),
@@ -212,7 +214,8 @@ _PLAIN_WORDS: tuple[tuple[Phase, str], ...] = (
         "generate",
         (
             r"comfyui|stable diffusion|\bsdxl\b|\bflux\b|diffusers|webui|ksampler|\bvae\b|text-to-image"
-            r"|image generation|error completing request|ollama|whisper|upscal|\brender|\bchat\b|\bserving\b"
+            r"|image generation|error completing request|ollama|whisper|upscal|synthesi[sz]|\brender"
+            r"|\bchat\b|\bserving\b"
         ),
     ),
     (
@@ -226,7 +229,7 @@ _PLAIN_WORDS: tuple[tuple[Phase, str], ...] = (
     ("loss", r"\blogits\b"),
     ("data", r"read_csv|\bpandas\b|parquet|load_dataset|tokeniz|data loading"),
     ("forward", r"\{\{node|\bop:\w|\bactivations?\b|\bconv(?:olution|\dd)\b"),
-    ("backward", r"\bgradients?\b"),
+    ("backward", r"\bgradients\b"),
 )
 _GENERATIVE = (
     r"video|视频|\bllm\b|token|prompt|diffus|\bvae\b|llama|\bchat|vllm|gpt|qwen|max_new_tokens"
@@ -244,6 +247,8 @@ def phase_of(finding: Finding) -> tuple[Phase, str | None]:
             return found
     if finding.kind == "sglang_kv" and "mem-fraction-static" in finding.message.lower():
         return "load", None
+    if finding.figures.allocated_bytes == 0 and finding.figures.total_bytes:
+        return "load", "nothing had been allocated before"
     found = _from_words(finding)
     return found or (_UNLESS_SHOWN.get(finding.kind, "unknown"), None)
 
@@ -268,7 +273,12 @@ def _from_frames(frames: tuple[Frame, ...]) -> tuple[Phase, str] | None:
     for rule in _NAMED:
         if hit := _first(rule, own):
             return hit
-    return _first(_FORWARD, inner)
+    hit = _first(_FORWARD, inner)
+    if hit and any(frame.function == "decorate_context" for frame in inner):
+        # under `torch.no_grad` nothing is trained
+        paths = " ".join(_path(frame) for frame in inner).lower()
+        return ("generate" if compiled(_GENERATIVE).search(paths) else "eval"), hit[1]
+    return hit
 
 
 def _moving_a_module(inner: list[Frame]) -> tuple[Phase, str] | None:
