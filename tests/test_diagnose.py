@@ -212,7 +212,10 @@ class TestCauses:
 
     def test_advice_in_vain_is_said_to_be(self) -> None:
         in_vain = [advice.text for advice in first(texts.LOADING).advice if not advice.helps]
-        assert in_vain == ["not a smaller batch: no batch has been made yet"]
+        assert in_vain == [
+            "not a smaller batch: no batch has been made yet",
+            "not more cards by themselves: each process of a data-parallel job loads the whole model",
+        ]
         shared = [a.text for a in first(texts.SHARED + " set expandable_segments:True").advice if not a.helps]
         assert shared == [
             (
@@ -308,7 +311,9 @@ def test_the_answer_word_by_word() -> None:
         "     ds_zero3.json`), which divide the weights over the cards\n"
         "\n"
         "What won't help\n"
-        "  - not a smaller batch: no batch has been made yet"
+        "  - not a smaller batch: no batch has been made yet\n"
+        "  - not more cards by themselves: each process of a data-parallel job loads the\n"
+        "    whole model"
     )
 
 

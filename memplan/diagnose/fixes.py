@@ -275,6 +275,7 @@ def _in_vain(finding: Finding, phase: Phase, cause: Cause) -> Iterator[str]:
             yield f"not `{name}`, which the message suggests: the memory is another process's"
     if phase == "load" and cause == "capacity" and finding.framework in _TRAINERS:
         yield "not a smaller batch: no batch has been made yet"
+        yield "not more cards by themselves: each process of a data-parallel job loads the whole model"
     if cause == "fragmentation":
         yield "not a larger card first: enough is reserved, in the wrong pieces"
     if finding.kind == "mps_oom" and "high_watermark_ratio" in said:
