@@ -13,13 +13,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rows import Result, Row, predict
+from rows import Result, Row, is_boundary, predict
 
 from memplan.units import GIB
 
 _HEADER = (
     f"{'allocated GiB':^25} {'reserved GiB':^25}\n"
     f"{'predicted':>9} {'measured':>8} {'off':>7} {'predicted':>9} {'measured':>8} {'off':>7} {'s':>6}  row"
+)
+_BOUNDARY_HEADER = (
+    f"{'boundary GiB':^28}\n{'predicted':>9} {'fails at':>8} {'passes at':>9} {'off':>7} {'s':>6}  row"
 )
 
 
@@ -34,7 +37,7 @@ def main() -> None:
 
     lines = arguments.rows.read_text().splitlines()
     rows = [row for row in map(json.loads, filter(None, lines)) if arguments.match in row["id"]]
-    print(_HEADER)
+    print(_BOUNDARY_HEADER if rows and all(map(is_boundary, rows)) else _HEADER)
     results = []
     for result in predict_all(rows, arguments.jobs):
         print(line_of(result), flush=True)
@@ -64,6 +67,12 @@ def predict_all(rows: Sequence[Row], jobs: int) -> Iterator[Result]:
 
 def line_of(result: Result) -> str:
     """One row of the table."""
+    seconds = "-" if result.seconds is None else f"{result.seconds:.1f}"
+    note = f"  [{result.note}]" if result.note else ""
+    if result.measured_boundary_bytes is not None:
+        fails, passes = map(_gib, result.measured_boundary_bytes)
+        predicted, off = _gib(result.predicted_boundary_bytes), _percent(result.error_boundary)
+        return f"{predicted:>9} {fails:>8} {passes:>9} {off:>7} {seconds:>6}  {result.id}{note}"
     figures = [
         f"{_gib(predicted):>9} {_gib(measured):>8} {_percent(error):>7}"
         for predicted, measured, error in (
@@ -71,8 +80,6 @@ def line_of(result: Result) -> str:
             (result.predicted_reserved_bytes, result.measured_reserved_bytes, result.error_reserved),
         )
     ]
-    seconds = "-" if result.seconds is None else f"{result.seconds:.1f}"
-    note = f"  [{result.note}]" if result.note else ""
     return f"{figures[0]} {figures[1]} {seconds:>6}  {result.id}{note}"
 
 
@@ -88,11 +95,16 @@ def summarize(results: Sequence[Result]) -> dict[str, Any]:
     """Counts, and of the errors' sizes the mean, median and largest; `most_under` is the lowest error."""
     return {
         "rows": len(results),
-        "predicted": sum(result.predicted_allocated_bytes is not None for result in results),
+        "predicted": sum(map(_is_predicted, results)),
         "allocated": _spread(result.error_allocated for result in results),
         "reserved": _spread(result.error_reserved for result in results),
+        "boundary": _spread(result.error_boundary for result in results),
         "seconds": round(sum(result.seconds or 0 for result in results), 3),
     }
+
+
+def _is_predicted(result: Result) -> bool:
+    return result.predicted_allocated_bytes is not None or result.predicted_boundary_bytes is not None
 
 
 def _spread(errors: Iterable[float | None]) -> dict[str, Any]:
@@ -112,7 +124,7 @@ def _spread(errors: Iterable[float | None]) -> dict[str, Any]:
 def text_of(summary: dict[str, Any]) -> str:
     """The summary for a person."""
     lines = [f"{summary['predicted']} of {summary['rows']} rows predicted in {summary['seconds']:.0f} s"]
-    for name in ("allocated", "reserved"):
+    for name in ("allocated", "reserved", "boundary"):
         spread = summary[name]
         if spread["count"]:
             lines.append(

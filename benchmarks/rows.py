@@ -1,20 +1,28 @@
 """From a measured row to the request that describes it, and the prediction for that request.
 
-The rows' fields are explained in the README beside the measurements; `tests/measured/*.jsonl` hold them.
+The rows' fields are explained in the README beside the measurements; `tests/measured/*.jsonl` hold them. A
+row with `passes_at_mib` is of a boundary: the least memory cap under which the steps passed, and the largest
+under which they failed.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from memplan.errors import MemplanError
 from memplan.request.types import CardSpec, Request
-from memplan.units import GIB
+from memplan.units import GIB, MIB
 
 Row = Mapping[str, Any]
+
+CONFIGS = Path(__file__).parents[1] / "tests" / "measured" / "configs.json"
+"""The configs of the models that rows name."""
 
 _QUANTIZED = {"nf4", "fp4", "int8"}
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -29,7 +37,7 @@ _NEUTRAL = {
     "status", "error", "traceback", "stats_error", "peak_allocated", "peak_reserved",
     "train_peak_allocated", "train_peak_reserved", "load_peak_allocated", "device_used_bytes",
     "seconds", "step_seconds", "steps", "solo", "snapshot", "need_gib", "fails_at_mib", "passes_at_mib",
-    "trials",
+    "trials", "runs", "predicted_boundary_bytes", "predicted_range_bytes",
 }  # fmt: skip
 """What was measured, and how: nothing that a request says."""
 
@@ -49,6 +57,11 @@ class Result:
     measured_reserved_bytes: int | None = None
     error_allocated: float | None = None
     error_reserved: float | None = None
+    predicted_boundary_bytes: int | None = None
+    measured_boundary_bytes: tuple[int, int] | None = None
+    """The largest cap that failed and the least that passed."""
+    error_boundary: float | None = None
+    """Signed relative distance to the nearer of the two; 0 between them."""
     seconds: float | None = None
     note: str | None = None
 
@@ -59,7 +72,7 @@ def request_of(row: Row) -> Request:
     four_bit = row["weights"] in ("nf4", "fp4")
     processes = row.get("world", 1)
     return Request(
-        model=row["config"],
+        model=row.get("config") or _configs()[row["model"]],
         per_device_train_batch_size=row["batch"],
         gradient_accumulation_steps=row.get("accum", 1),
         max_length=row["seq"],
@@ -84,6 +97,12 @@ def request_of(row: Row) -> Request:
         **(_four_bit(row) if four_bit else {}),
         **_lora(row),
     )
+
+
+@cache
+def _configs() -> dict[str, Any]:
+    configs: dict[str, Any] = json.loads(CONFIGS.read_text())
+    return configs
 
 
 def _card(row: Row) -> CardSpec:
@@ -138,27 +157,58 @@ def predict(row: Row) -> Result:
         return _noted(result, why_not)
     began = time.perf_counter()
     try:
-        # Here, so that reading rows needs no engine and each process imports it once.
-        from memplan.plan import estimate
-
-        train = estimate(request_of(row)).ranks[0].train
+        predicted = _boundary(row, result) if is_boundary(row) else _peaks(row, result)
     except MemplanError as error:
         return _noted(result, f"{error.reference}: {error.message}")
     except Exception as error:
         text = " ".join(str(error).split())[:300]
         return _noted(result, f"failed: {type(error).__name__}: {text}")
+    return replace(predicted, seconds=round(time.perf_counter() - began, 3))
+
+
+def is_boundary(row: Row) -> bool:
+    """Whether the row says under which memory cap its job passes."""
+    return "passes_at_mib" in row
+
+
+def _peaks(row: Row, result: Result) -> Result:
+    # Here, so that reading rows needs no engine and each process imports it once.
+    from memplan.plan import estimate
+
+    train = estimate(request_of(row)).ranks[0].train
     return replace(
         result,
         predicted_allocated_bytes=train.allocated_bytes,
         predicted_reserved_bytes=train.reserved_bytes,
         error_allocated=_error(train.allocated_bytes, result.measured_allocated_bytes),
         error_reserved=_error(train.reserved_bytes, result.measured_reserved_bytes),
-        seconds=round(time.perf_counter() - began, 3),
     )
+
+
+def _boundary(row: Row, result: Result) -> Result:
+    from memplan.plan import boundary
+
+    predicted = boundary(request_of(row)).passes_at_bytes
+    fails, passes = row["fails_at_mib"] * MIB, row["passes_at_mib"] * MIB
+    return replace(
+        result,
+        predicted_boundary_bytes=predicted,
+        error_boundary=distance(predicted, fails, passes),
+    )
+
+
+def distance(predicted: float, fails: float, passes: float) -> float:
+    """How far a boundary lies outside the measured interval, relative to its nearer end."""
+    if predicted < fails:
+        return predicted / fails - 1
+    return max(predicted / passes - 1, 0.0)
 
 
 def _measured(row: Row) -> Result:
     """What was measured. The peaks of a run that ran out of memory are not those of its steps."""
+    if is_boundary(row):
+        ends = round(row["fails_at_mib"] * MIB), round(row["passes_at_mib"] * MIB)
+        return Result(id=row["id"], measured_boundary_bytes=ends)
     if row.get("status", "ok") != "ok":
         cap = f" under a cap of {row['limit_gib']} GiB" if row.get("limit_gib") else ""
         return Result(id=row["id"], note=f"measured: {row['status']}{cap}")

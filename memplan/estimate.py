@@ -65,6 +65,19 @@ class Failure:
     reserved_bytes: int
     capacity_bytes: int
     """What torch may take of the card: its total less `non_torch_bytes` and other processes'."""
+    total_bytes: int | None = None
+    """The card's; None where it isn't known."""
+
+    @property
+    def unused_bytes(self) -> int:
+        """Reserved by torch and in no block, in pieces that none of them serve the request."""
+        return self.reserved_bytes - self.allocated_bytes
+
+    @property
+    def kind(self) -> Literal["capacity", "fragmentation"]:
+        """Whether there is too little, or enough in pieces that are too small."""
+        enough = self.allocated_bytes + self.requested_bytes <= self.capacity_bytes
+        return "fragmentation" if enough else "capacity"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,7 +60,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
         return (CARD,) * int(text.partition("x")[0])
 
     monkeypatch.setattr(memplan.plan, "check", check, raising=False)
-    for name, function in (("parse", "parse_cards"), ("nvml", "probe_cards")):
+    for name, function in (("parse", "parse_cards"), ("probe", "probe_cards")):
         module = ModuleType(f"memplan.gpus.{name}")
         setattr(module, function, cards if name == "parse" else tuple)
         monkeypatch.setitem(sys.modules, module.__name__, module)

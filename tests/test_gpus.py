@@ -1,9 +1,7 @@
-"""The cards: their catalogue, `--gpus`, and NVML by a stand-in; every error by its exact text."""
+"""The cards: their catalogue and `--gpus`; every error by its exact text."""
 
 from __future__ import annotations
 
-import sys
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +10,8 @@ from hypothesis import strategies as st
 
 from memplan.errors import ExitCode, MemplanError
 from memplan.gpus import catalogue
-from memplan.gpus.catalogue import card, gpus, match, named
+from memplan.gpus.catalogue import card, gpus, match, named, torch_total
 from memplan.gpus.context import H100_BYTES, non_torch_bytes
-from memplan.gpus.nvml import probe_cards, torch_total_bytes, visible_indices
 from memplan.gpus.parse import parse_cards
 from memplan.request.types import CardSpec
 from memplan.units import GIB, MIB
@@ -199,7 +196,7 @@ def test_any_text_is_cards_or_one_error(text: str) -> None:
         assert all(c.isprintable() for c in error.message)
 
 
-# --- beside torch, and NVML --------------------------------------------------------------------------------
+# --- beside torch ------------------------------------------------------------------------------------------
 
 
 def test_the_context_says_where_it_was_measured() -> None:
@@ -210,118 +207,10 @@ def test_the_context_says_where_it_was_measured() -> None:
     assert non_torch_bytes(card("L4")) == (H100_BYTES, "an estimate: measured on an H100, not on this card")
 
 
-class Nvml(SimpleNamespace):
-    """The functions of pynvml that are called, over cards of (name, total, used, uuid)."""
-
-    class NVMLError(Exception):
-        pass
-
-    nvmlMemory_v2 = 2  # noqa: N815 - pynvml's name
-
-    def __init__(self, *cards: tuple[str, int, int, str], fails: str = "", old: bool = False) -> None:
-        super().__init__(cards=cards, fails=fails, old=old, stopped=0)
-
-    def nvmlInit(self) -> None:  # noqa: N802
-        if self.fails == "init":
-            raise self.NVMLError("Driver Not Loaded")
-
-    def nvmlShutdown(self) -> None:  # noqa: N802
-        self.stopped += 1
-
-    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
-        if self.fails == "count":
-            raise self.NVMLError("GPU is lost")
-        return len(self.cards)
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> Any:  # noqa: N802
-        return self.cards[index]
-
-    def nvmlDeviceGetUUID(self, handle: Any) -> str:  # noqa: N802
-        return str(handle[3])
-
-    def nvmlDeviceGetName(self, handle: Any) -> bytes:  # noqa: N802
-        return str(handle[0]).encode()
-
-    def nvmlDeviceGetMemoryInfo(self, handle: Any, version: int | None = None) -> Any:  # noqa: N802
-        if self.old and version:
-            raise self.NVMLError("Not Supported")
-        return SimpleNamespace(total=handle[1], used=handle[2])
-
-    def nvmlDeviceGetCudaComputeCapability(self, handle: Any) -> list[int]:  # noqa: N802
-        if self.fails == "capability":
-            raise self.NVMLError("Not Supported")
-        return [9, 0]
-
-
-H100 = ("NVIDIA H100 80GB HBM3", 81559 * MIB, 3 * GIB, "GPU-aaaa-1")
-NEW = ("NVIDIA Something New", 100 * GIB, 0, "GPU-bbbb-2")
-
-
-def probed(monkeypatch: pytest.MonkeyPatch, nvml: Nvml, visible: str | None = None) -> tuple[CardSpec, ...]:
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    try:
-        return probe_cards()
-    finally:
-        assert nvml.stopped == (nvml.fails != "init")
-
-
-@pytest.mark.parametrize("old", [False, True])
-def test_probed_cards(monkeypatch: pytest.MonkeyPatch, old: bool) -> None:
-    known, new = probed(monkeypatch, Nvml(H100, NEW, old=old))
-    assert known == CardSpec(
-        name="NVIDIA H100 80GB HBM3",
-        total_bytes=85_017_493_504,
-        compute_capability=(9, 0),
-        total_known="probed",
-        multiprocessor_count=132,
-        used_bytes=3 * GIB,
-    )
-    assert (
-        new.total_bytes == torch_total_bytes(new.name, 100 * GIB) == 100 * GIB - 560 * MIB - 100 * GIB // 500
-    )
-    assert new.multiprocessor_count is None
-    assert non_torch_bytes(known)[1].startswith("measured on")
-
-
-def test_a_card_without_capability_stays_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert probed(monkeypatch, Nvml(NEW, fails="capability"))[0].compute_capability is None
-
-
-@pytest.mark.parametrize(
-    ("visible", "names"),
-    [("1,0", [NEW, H100]), ("GPU-bbbb", [NEW]), ("1,7,0", [NEW]), (" 0 ", [H100])],
-)
-def test_visible_devices(monkeypatch: pytest.MonkeyPatch, visible: str, names: list[Any]) -> None:
-    assert [spec.name for spec in probed(monkeypatch, Nvml(H100, NEW), visible)] == [
-        name[0] for name in names
-    ]
-
-
-@pytest.mark.parametrize("visible", ["", "-1", "0,0", "GPU-", "GPU-c", "NoDevFiles", "99999999999", "²"])
-def test_lists_that_leave_no_card(visible: str) -> None:
-    assert visible_indices(visible, ["GPU-aaaa-1", "GPU-bbbb-2"]) == []
-
-
-def test_errors_of_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    def said(nvml: Nvml, visible: str | None = None) -> tuple[str, str, str | None, str | None]:
-        return error_of(probed, monkeypatch, nvml, visible)
-
-    none = "no GPU was found on this machine"
-    hint = "Name the cards to plan for, e.g. `--gpus 2xRTX4090` or `--gpus 3x23.64GiB`"
-    assert said(Nvml(fails="init")) == ("no-gpu-found", none, "NVML does not start: Driver Not Loaded", hint)
-    assert said(Nvml(fails="count")) == ("no-gpu-found", none, "NVML fails: GPU is lost", hint)
-    assert said(Nvml()) == ("no-gpu-found", none, "The driver reports no card", hint)
-    assert said(Nvml(H100), "-1") == ("no-gpu-found", none, "`CUDA_VISIBLE_DEVICES` hides every card", hint)
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert error_of(probe_cards) == (
-        "no-gpu-found",
-        none,
-        "The Python package `nvidia-ml-py` is not installed",
-        hint,
-    )
+def test_what_torch_sees_of_a_total() -> None:
+    assert torch_total("NVIDIA H100 80GB HBM3", 81559 * MIB) == (85_017_493_504, True)
+    assert torch_total("NVIDIA Something New", 100 * GIB) == (100 * GIB - 560 * MIB - 100 * GIB // 500, False)
+    assert torch_total("NVIDIA Something New", MIB) == (0, False)
 
 
 def test_a_probed_name_with_two_sizes_is_the_nearest() -> None:

@@ -115,6 +115,6 @@ def _cards(gpus: str | None) -> tuple[Sequence[CardSpec], str]:
         from memplan.gpus.parse import parse_cards
 
         return parse_cards(gpus), "`--gpus`"
-    from memplan.gpus.nvml import probe_cards
+    from memplan.gpus.probe import probe_cards
 
     return probe_cards(), "the cards of this machine"

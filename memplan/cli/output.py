@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from memplan.diagnose.doctor import Health
     from memplan.diagnose.types import Diagnosis
     from memplan.estimate import Plan
+    from memplan.gpus.probe import Probe
 
 Format = Literal["auto", "human", "json", "quiet"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -44,6 +45,8 @@ class Output:
     format: Format = "auto"
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
     stderr: TextIO = field(default_factory=lambda: sys.stderr)
+    indent: int | None = 2
+    """Of JSON; None puts a document on one line, where several follow each other."""
 
     def plan(self, plan: Plan) -> None:
         """The answer of `check`."""
@@ -82,6 +85,22 @@ class Output:
             from memplan.report.diagnosis import render_health
 
             self._data(render_health(health, **self._look()))
+
+    def probe(self, probe: Probe) -> None:
+        """The answer of `probe`; quiet is what `--gpus` takes for the cards that can be seen."""
+        from memplan.report.probe import probe_to_dict, probe_to_gpus, render_probe
+
+        if self.format == "quiet":
+            self._data(probe_to_gpus(probe))
+        elif self.format == "json":
+            self._json(probe_to_dict(probe))
+        else:
+            self._data(render_probe(probe, **self._look()))
+
+    def redraw(self) -> None:
+        """Begin again at the top of a terminal; elsewhere one answer follows the other."""
+        if self.format in ("auto", "human"):
+            _write(self.stdout, "\x1b[H\x1b[2J" if self.stdout.isatty() else "\n")
 
     def error(self, error: MemplanError) -> None:
         """An error: JSON where a program reads, else text on stderr."""
@@ -132,7 +151,7 @@ class Output:
         }
 
     def _json(self, document: dict[str, Any]) -> None:
-        self._data(json.dumps(document, indent=2, allow_nan=False))
+        self._data(json.dumps(document, indent=self.indent, allow_nan=False))
 
     def _data(self, text: str) -> None:
         _write(self.stdout, text + "\n")

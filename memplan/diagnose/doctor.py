@@ -187,7 +187,7 @@ def _bitsandbytes_backends() -> tuple[str, ...]:
 
 
 def _gpus() -> tuple[tuple[str, ...], str | None]:
-    from memplan.gpus.nvml import probe_cards
+    from memplan.gpus.probe import probe_cards
 
     try:
         cards = probe_cards()

@@ -95,6 +95,19 @@ def match(nvml_name: str, smi_bytes: int) -> Gpu | None:
     return min(found, key=lambda gpu: abs((gpu.smi_bytes or 0) - smi_bytes), default=None)
 
 
+def torch_total(nvml_name: str, nvml_total_bytes: int) -> tuple[int, bool]:
+    """What torch will see of a card whose total NVML reports, and whether the difference was seen on that
+    model: torch sees less, by what the driver keeps.
+
+    For other cards it is taken as 560 MiB and 0.2 %, which covers it on every card seen with both figures
+    (see `gpus.json`).
+    """
+    gpu = match(nvml_name, nvml_total_bytes)
+    if gpu and gpu.smi_bytes and gpu.torch_bytes:
+        return max(nvml_total_bytes - (gpu.smi_bytes - gpu.torch_bytes), 0), gpu.torch_bytes_seen
+    return max(nvml_total_bytes - (560 * MIB + nvml_total_bytes // 500), 0), False
+
+
 def _unknown(name: str) -> MemplanError:
     similar = near(name)
     meant = f"Did you mean {listed(similar)}? " if similar else ""

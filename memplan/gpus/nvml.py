@@ -1,126 +1,138 @@
-"""The cards of this machine, as NVML tells them; no CUDA context is made and torch is not imported."""
+"""NVML, asked in one place: an answer, or why there is none. No CUDA context is made.
+
+A value that can't be had is an `Unknown`. It goes through every further question as it is, so nothing
+unknown becomes a 0 or a guess on its way to the reader.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from contextlib import suppress
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from memplan.errors import ExitCode, MemplanError
-from memplan.gpus.catalogue import match
 from memplan.names import printable
-from memplan.request.types import CardSpec
-from memplan.units import MIB
 
-_HINT = "Name the cards to plan for, e.g. `--gpus 2xRTX4090` or `--gpus 3x23.64GiB`"
+T = TypeVar("T")
+
+HINT = "Name the cards to plan for, e.g. `--gpus 2xRTX4090` or `--gpus 3x23.64GiB`"
+
+NOT_SUPPORTED, NO_PERMISSION, NOT_FOUND = 3, 4, 6
+DRIVER_NOT_LOADED, LIBRARY_NOT_FOUND, FUNCTION_NOT_FOUND = 9, 12, 13
+GPU_IS_LOST, RESET_REQUIRED, VERSION_MISMATCH = 15, 16, 18
+"""`nvmlReturn_t` of nvml.h; the same in every driver."""
+
+_REASONS = {
+    NOT_SUPPORTED: "not supported",
+    NO_PERMISSION: "no permission",
+    FUNCTION_NOT_FOUND: "this driver can't tell",
+    GPU_IS_LOST: "the GPU is lost",
+    RESET_REQUIRED: "the GPU needs a reset",
+}
 
 
-def torch_total_bytes(name: str, nvml_total_bytes: int) -> int:
-    """What torch will see of a card whose total NVML reports: less, by what the driver keeps.
+@dataclass(frozen=True)
+class Unknown:
+    """A value that could not be had, why, and NVML's error code where that is the cause."""
 
-    The difference is the catalogue's where it knows the card; else 560 MiB and 0.2 %, which covers it on
-    every card seen with both figures (see `gpus.json`).
-    """
-    known = match(name, nvml_total_bytes)
-    if known and known.smi_bytes and known.torch_bytes:
-        kept = known.smi_bytes - known.torch_bytes
-    else:
-        kept = 560 * MIB + nvml_total_bytes // 500
-    return max(nvml_total_bytes - kept, 0)
+    reason: str
+    code: int | None = None
 
 
-def probe_cards() -> tuple[CardSpec, ...]:
-    """The cards that a CUDA program started now would see, in its order as far as NVML can tell it.
+def known(value: T | Unknown) -> T | None:
+    """The value, or None where it is unknown."""
+    return None if isinstance(value, Unknown) else value
 
-    `used_bytes` is what other processes hold. `CUDA_VISIBLE_DEVICES` is followed; an index in it counts in
-    PCI order, which is CUDA's own only with `CUDA_DEVICE_ORDER=PCI_BUS_ID` or among equal cards.
-    Raises `no-gpu-found`.
-    """
+
+def derived(function: Callable[..., T], *values: Any) -> T | Unknown:
+    """`function` of values that are all known; else the first that isn't."""
+    for value in values:
+        if isinstance(value, Unknown):
+            return value
+    return function(*values)
+
+
+@dataclass(frozen=True)
+class Nvml:
+    """An open connection to the driver."""
+
+    library: Any
+    """The module `pynvml`."""
+
+    def ask(self, function: str, *arguments: Any, **options: Any) -> Any:
+        """What `function` answers, or an `Unknown`: the one place that calls NVML. It never raises."""
+
+        def call(*values: Any) -> Any:
+            try:
+                return getattr(self.library, function)(*values, **options)
+            except self.library.NVMLError as error:
+                return _unknown(error)
+            except (AttributeError, TypeError):  # pynvml is older than the question
+                return Unknown("this version of nvidia-ml-py can't ask")
+            except UnicodeDecodeError:
+                return Unknown("the driver's answer is no text")
+
+        return derived(call, *arguments)
+
+    def text(self, function: str, *arguments: Any) -> str | Unknown:
+        """The same for a name, which some versions of pynvml give as bytes."""
+        return derived(_text, self.ask(function, *arguments))
+
+
+@contextmanager
+def connection() -> Iterator[Nvml]:
+    """NVML, open. Raises a `MemplanError` that says what is missing: package, driver or permission."""
     try:
         import pynvml
     except ImportError:
-        raise _none("The Python package `nvidia-ml-py` is not installed") from None
+        raise no_gpu("The Python package `nvidia-ml-py` is not installed") from None
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        raise _none(f"NVML does not start: {printable(str(error))}") from None
+        raise _no_start(error) from None
     try:
-        found = _visible(pynvml, os.environ)
-    except pynvml.NVMLError as error:
-        raise _none(f"NVML fails: {printable(str(error))}") from None
+        yield Nvml(pynvml)
     finally:
         with suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
-    if not found:
-        hidden = "CUDA_VISIBLE_DEVICES" in os.environ
-        raise _none("`CUDA_VISIBLE_DEVICES` hides every card" if hidden else "The driver reports no card")
-    return found
 
 
-def _none(context: str) -> MemplanError:
+def no_gpu(context: str) -> MemplanError:
+    """The error where there is no card to look at."""
     return MemplanError(
-        "no-gpu-found", "no GPU was found on this machine", context, _HINT, exit_code=ExitCode.BAD_INPUT
+        "no-gpu-found", "no GPU was found on this machine", context, HINT, exit_code=ExitCode.BAD_INPUT
     )
 
 
-def _visible(nvml: Any, environment: Mapping[str, str]) -> tuple[CardSpec, ...]:
-    handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-    wanted = environment.get("CUDA_VISIBLE_DEVICES")
-    if wanted is None:
-        return tuple(_card(nvml, handle) for handle in handles)
-    uuids = [_text(nvml.nvmlDeviceGetUUID(handle)) for handle in handles]
-    return tuple(_card(nvml, handles[index]) for index in visible_indices(wanted, uuids))
+def _no_start(error: Exception) -> MemplanError:
+    code = getattr(error, "value", None)
+    if code == LIBRARY_NOT_FOUND:
+        return no_gpu("NVML, which comes with NVIDIA's driver, is not installed (libnvidia-ml.so.1)")
+    if code == DRIVER_NOT_LOADED:
+        return no_gpu("NVIDIA's driver is installed but not loaded")
+    if code == NO_PERMISSION:
+        return MemplanError(
+            "no-gpu-permission",
+            "this user may not ask the GPU driver",
+            "NVML answers `no permission`; /dev/nvidiactl must be readable and writable, in a container too",
+            HINT,
+            exit_code=ExitCode.UNKNOWN,
+        )
+    if code == VERSION_MISMATCH:
+        return MemplanError(
+            "gpu-driver-mismatch",
+            "NVIDIA's driver and its library are of different versions",
+            "The driver was updated while the old one is still loaded",
+            "Reboot, or load the driver's modules anew",
+            exit_code=ExitCode.UNKNOWN,
+        )
+    return no_gpu(f"NVML does not start: {printable(str(error))}")
 
 
-def visible_indices(wanted: str, uuids: list[str]) -> list[int]:
-    """Of `CUDA_VISIBLE_DEVICES`: the indices it selects, in its order, as CUDA and torch read it.
-
-    The first entry that names no card ends the list; a card named twice leaves none.
-    """
-    taken: list[int] = []
-    for entry in (part.strip() for part in wanted.split(",")):
-        if entry.isascii() and entry.isdigit():
-            matching = [int(entry)] if len(entry) < 10 and int(entry) < len(uuids) else []
-        else:
-            matching = [i for i, uuid in enumerate(uuids) if len(entry) > 4 and uuid.startswith(entry)]
-        if len(matching) != 1:
-            break
-        if matching[0] in taken:
-            return []
-        taken += matching
-    return taken
-
-
-def _card(nvml: Any, handle: Any) -> CardSpec:
-    name = _text(nvml.nvmlDeviceGetName(handle))
-    total, used = _memory(nvml, handle)
-    known = match(name, total)
-    return CardSpec(
-        name=name,
-        total_bytes=torch_total_bytes(name, total),
-        compute_capability=_capability(nvml, handle),
-        total_known="probed",
-        multiprocessor_count=known.multiprocessor_count if known else None,
-        used_bytes=used,
-    )
-
-
-def _memory(nvml: Any, handle: Any) -> tuple[int, int]:
-    """Total and used bytes; the call's second version keeps the driver's own share out of `used`."""
-    try:
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
-    except (nvml.NVMLError, AttributeError, TypeError):
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    return int(memory.total), int(memory.used)
-
-
-def _capability(nvml: Any, handle: Any) -> tuple[int, int] | None:
-    try:
-        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    except nvml.NVMLError:
-        return None
-    return int(major), int(minor)
+def _unknown(error: Exception) -> Unknown:
+    code = getattr(error, "value", None)
+    return Unknown(_REASONS.get(code or 0) or printable(str(error)).lower(), code)
 
 
 def _text(value: str | bytes) -> str:

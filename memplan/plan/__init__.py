@@ -14,6 +14,7 @@ from memplan.request.types import CardSpec, Request
 if TYPE_CHECKING:
     from memplan.allocator import AllocConf
     from memplan.models.types import ModelFacts
+    from memplan.plan.limits import Boundary
     from memplan.timeline import Timeline
 
 VERIFIED = {"torch": ("2.11", "2.13"), "transformers": ("5.17",), "accelerate": ("1.15",), "peft": ("0.21",)}
@@ -25,6 +26,19 @@ ENOUGH = 3
 def estimate(request: Request, *, use_cache: bool = True) -> Estimate:
     """The memory of a job, rank by rank. Raises `MemplanError` for what can't be answered."""
     return _answer(request, use_cache).estimate
+
+
+def boundary(request: Request, *, use_cache: bool = True) -> Boundary:
+    """The least memory that torch must be allowed on rank 0's card for the job to run through.
+
+    Raises `MemplanError` for what can't be answered.
+    """
+    from memplan.plan.limits import boundary_of
+    from memplan.plan.ranks import on_card
+
+    answer = _answer(request, use_cache)
+    card = answer.cards[0] if answer.cards else None
+    return boundary_of(on_card(answer.timeline, card.total_bytes if card else None), answer.conf)
 
 
 def check(request: Request, *, use_cache: bool = True) -> Plan:
@@ -43,9 +57,10 @@ def check(request: Request, *, use_cache: bool = True) -> Plan:
     from memplan.plan.verdict import judge
 
     verdict, reason, failure = judge(answer.estimate, answer.timeline, answer.cards, answer.conf)
-    found = ()
+    found: tuple[Alternative, ...] = ()
     if verdict == "does not fit":
-        found = _alternatives(answer, use_cache)
+        is_fragmented = failure is not None and failure.kind == "fragmentation"
+        found = _alternatives(answer, use_cache, is_fragmented)
     return Plan(
         request=answer.estimate.request,
         verdict=verdict,
@@ -72,7 +87,13 @@ class _Answer:
     warnings: tuple[str, ...]
 
 
-def _answer(request: Request, use_cache: bool, facts: ModelFacts | None = None) -> _Answer:
+def _answer(
+    request: Request,
+    use_cache: bool,
+    facts: ModelFacts | None = None,
+    timeline: Timeline | None = None,
+) -> _Answer:
+    """Resolve, trace and replay; `timeline` is of the same step, where it was traced before."""
     from memplan.allocator import AllocConf
     from memplan.models.resolve import resolve
     from memplan.plan.ranks import estimate_rank
@@ -94,9 +115,11 @@ def _answer(request: Request, use_cache: bool, facts: ModelFacts | None = None) 
     resolved = resolve_defaults(request, checkpoint_dtype=facts.checkpoint_dtype, position_limit=limit)
     validate(resolved)
     cards = _cards_of_ranks(resolved)
-    timeline, cached, notes = cached_trace(
-        resolved, facts, cards[0] if cards else None, use_cache=use_cache
-    )
+    cached = True
+    notes: tuple[str, ...] = ()
+    if timeline is None:
+        card = cards[0] if cards else None
+        timeline, cached, notes = cached_trace(resolved, facts, card, use_cache=use_cache)
     ranks = []
     known: dict[CardSpec | None, Any] = {}
     for rank in range(resolved.num_processes or 1):
@@ -109,10 +132,19 @@ def _answer(request: Request, use_cache: bool, facts: ModelFacts | None = None) 
         ranks=tuple(ranks),
         facts={**timeline.facts, "source": facts.source, "name": facts.name},
         versions=library_versions(),
-        notes=(*notes, *facts.notes, *timeline.facts.get("notes", ()), *_version_notes(), *_card_notes(cards, resolved)),
+        notes=(
+            *notes,
+            *facts.notes,
+            *timeline.facts.get("notes", ()),
+            *_version_notes(),
+            *_card_notes(cards, resolved),
+            *_host_notes(resolved, timeline),
+        ),
         seconds=time.perf_counter() - started,
     )
-    return _Answer(result, timeline, cards, conf, facts, cached, length_warnings(resolved, position_limit=limit))
+    return _Answer(
+        result, timeline, cards, conf, facts, cached, length_warnings(resolved, position_limit=limit)
+    )
 
 
 def _cards_of_ranks(request: Request) -> tuple[CardSpec, ...]:
@@ -129,17 +161,20 @@ def _cards_of_ranks(request: Request) -> tuple[CardSpec, ...]:
     return request.cards[:count]
 
 
-def _alternatives(answer: _Answer, use_cache: bool) -> tuple[Alternative, ...]:
+def _alternatives(answer: _Answer, use_cache: bool, is_fragmented: bool) -> tuple[Alternative, ...]:
     from memplan.plan.alternatives import changes
     from memplan.plan.verdict import judge
 
     request = answer.estimate.request
     last: tuple[Alternative, ...] = ()
-    for count, change in enumerate(changes(request)):
-        if count == ENOUGH:
+    traced = 0
+    for change in changes(request, is_fragmented=is_fragmented):
+        same_step = answer.timeline if change.keys() == {"alloc_conf"} else None
+        traced += same_step is None
+        if traced > ENOUGH:
             break
         try:
-            other = _answer(replace(request, **change), use_cache, answer.facts)
+            other = _answer(replace(request, **change), use_cache, answer.facts, same_step)
         except MemplanError:
             continue
         verdict, reason, _ = judge(other.estimate, other.timeline, other.cards, other.conf)
@@ -195,8 +230,22 @@ def _version_notes() -> tuple[str, ...]:
     for name, version in library_versions().items():
         checked = VERIFIED.get(name)
         if checked and not any(version.startswith(v + ".") for v in checked):
-            notes.append(f"{name} {version} is not among the versions compared with measured runs ({', '.join(checked)})")
+            notes.append(
+                f"{name} {version} is not among the versions compared with measured runs"
+                f" ({', '.join(checked)})"
+            )
     return tuple(notes)
+
+
+def _host_notes(request: Request, timeline: Timeline) -> tuple[str, ...]:
+    """Of this machine, where the job would run on its cards; of another one nothing is known."""
+    origin = request.origins.get("cards")
+    if origin is None or origin.stated:
+        return ()
+    from memplan.plan.host import host, host_notes
+
+    weight_bytes = int(timeline.facts.get("weight_bytes", 0))
+    return host_notes(host(), weight_bytes=weight_bytes, processes=request.num_processes or 1)
 
 
 def _card_notes(cards: tuple[CardSpec, ...], request: Request) -> tuple[str, ...]:

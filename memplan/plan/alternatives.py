@@ -7,12 +7,19 @@ from typing import Any
 
 from memplan.request.types import Request
 
+UNFRAGMENTED = "expandable_segments:True"
+"""What torch's own message advises where much is reserved and unallocated."""
 
-def changes(request: Request) -> Iterator[Mapping[str, Any]]:
+
+def changes(request: Request, *, is_fragmented: bool = False) -> Iterator[Mapping[str, Any]]:
     """What to try for a job that doesn't fit, the mildest change first.
 
-    They keep the job's objective but for the precision of frozen weights.
+    They keep the job's objective but for the precision of frozen weights. Where memory is enough but in
+    pieces, the allocator's settings come first: the step stays as it is.
     """
+    conf = request.alloc_conf or ""
+    if is_fragmented and "expandable_segments" not in conf:
+        yield {"alloc_conf": ",".join(filter(None, (conf, UNFRAGMENTED)))}
     four_bit: dict[str, Any] = {}
     if request.use_peft and not request.is_quantized:
         four_bit = {"load_in_4bit": True}
@@ -33,5 +40,12 @@ def changes(request: Request) -> Iterator[Mapping[str, Any]]:
 
 
 def as_options(change: Mapping[str, Any]) -> str:
-    """`--load_in_4bit --per_device_train_batch_size 1`."""
-    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in change.items())
+    """`--load_in_4bit --per_device_train_batch_size 1`; the allocator's settings as the variable they are."""
+    return " ".join(
+        f"PYTORCH_ALLOC_CONF={value}"
+        if name == "alloc_conf"
+        else f"--{name}"
+        if value is True
+        else f"--{name} {value}"
+        for name, value in change.items()
+    )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 from memplan.allocator import LAYOUTS, AllocConf, Layout, Replay, live_at, replay
 from memplan.estimate import Failure, PhaseUse, RankEstimate
 from memplan.gpus.context import non_torch_bytes
+from memplan.plan.memo import recalled
 from memplan.request.types import CardSpec
 from memplan.timeline import Category, Timeline
 from memplan.units import GIB
@@ -46,6 +48,29 @@ def estimate_rank(
     layouts: tuple[Layout, ...] = LAYOUTS,
 ) -> RankEstimate:
     """What one process holds, on a card that is large enough."""
+    question = f"rank {card!r} {conf!r} {layouts!r}"
+    found = recalled(
+        timeline, question, lambda: asdict(_estimate_rank(timeline, card=card, conf=conf, layouts=layouts))
+    )
+    return _rank_of({**found, "rank": rank})
+
+
+def _rank_of(found: dict[str, Any]) -> RankEstimate:
+    uses = {name: PhaseUse(**use) for name, use in found["phases"].items()}
+    least, most = found["reserved_range_bytes"]
+    return RankEstimate(
+        **{
+            **found,
+            "phases": uses,
+            "train": PhaseUse(**found["train"]),
+            "reserved_range_bytes": (least, most),
+        }
+    )
+
+
+def _estimate_rank(
+    timeline: Timeline, *, card: CardSpec | None, conf: AllocConf, layouts: tuple[Layout, ...]
+) -> RankEstimate:
     placed = on_card(timeline, card.total_bytes if card else None)
     replays = [replay(placed, conf=conf, layout=layout) for layout in layouts]
     best = replays[0]
@@ -54,7 +79,7 @@ def estimate_rank(
     event = best.peak_event
     phase = placed.phases[placed.phase[event]]
     return RankEstimate(
-        rank=rank,
+        rank=0,
         device=card.name if card else "unknown",
         total_bytes=card.total_bytes if card else None,
         peak_allocated_bytes=best.peak_allocated_bytes,
@@ -62,9 +87,7 @@ def estimate_rank(
         reserved_range_bytes=(min(reserved), max(reserved)),
         non_torch_bytes=non_torch,
         phases=phase_uses(placed, best),
-        train=_over(
-            best, [i for i, p in enumerate(placed.phases) if p.step >= 0]
-        ),
+        train=_over(best, [i for i, p in enumerate(placed.phases) if p.step >= 0]),
         breakdown_bytes=_breakdown(placed, best, non_torch),
         peak_operator=placed.operators[placed.operator[event]],
         peak_module=placed.modules[placed.module[event]],
@@ -82,11 +105,38 @@ def phase_uses(timeline: Timeline, replayed: Replay) -> dict[str, PhaseUse]:
 
 
 def failure_under(
-    timeline: Timeline, *, rank: int, card: CardSpec, capacity_bytes: int, conf: AllocConf
+    timeline: Timeline,
+    *,
+    rank: int,
+    card: CardSpec,
+    capacity_bytes: int,
+    conf: AllocConf,
+    layout: Layout = LAYOUTS[0],
 ) -> Failure | None:
     """Where the job runs out when torch may take `capacity_bytes` of the card; None where it doesn't."""
+
+    def replayed() -> dict[str, Any] | None:
+        failure = _failure_under(
+            timeline, rank=rank, card=card, capacity_bytes=capacity_bytes, conf=conf, layout=layout
+        )
+        return None if failure is None else asdict(failure)
+
+    found = recalled(timeline, f"failure {card!r} {capacity_bytes} {conf!r} {layout!r}", replayed)
+    return None if found is None else Failure(**{**found, "rank": rank})
+
+
+def _failure_under(
+    timeline: Timeline, *, rank: int, card: CardSpec, capacity_bytes: int, conf: AllocConf, layout: Layout
+) -> Failure | None:
     placed = on_card(timeline, card.total_bytes)
-    failed = replay(placed, capacity_bytes=max(capacity_bytes, 0), conf=conf).failure
+    fraction = conf.per_process_memory_fraction
+    failed = replay(
+        placed,
+        capacity_bytes=max(capacity_bytes, 0),
+        allowed_bytes=int(fraction * card.total_bytes) if fraction < 1 else None,
+        conf=conf,
+        layout=layout,
+    ).failure
     if failed is None:
         return None
     event = failed.event
@@ -100,7 +150,8 @@ def failure_under(
         requested_bytes=failed.requested_bytes,
         allocated_bytes=failed.allocated_bytes,
         reserved_bytes=failed.reserved_bytes,
-        capacity_bytes=capacity_bytes,
+        capacity_bytes=min(capacity_bytes, failed.limit_bytes),
+        total_bytes=card.total_bytes,
     )
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from memplan.estimate import Alternative, Estimate, Plan, RankEstimate
+from memplan.estimate import Alternative, Estimate, Failure, Plan, RankEstimate
+from memplan.report.words import torch_message
 from memplan.request.types import Origin
 
 
@@ -16,7 +17,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "verdict": plan.verdict,
         "reason": plan.reason,
         "ranks": _ranks(plan.estimate),
-        "failure": None if plan.failure is None else asdict(plan.failure),
+        "failure": None if plan.failure is None else _failure(plan.failure),
         "alternatives": [_alternative(alternative) for alternative in plan.alternatives],
         "hints": list(plan.hints),
         "notes": list(plan.estimate.notes) if plan.estimate else [],
@@ -25,6 +26,10 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "seconds": plan.seconds,
         "cached": plan.cached,
     }
+
+
+def _failure(failure: Failure) -> dict[str, Any]:
+    return {**asdict(failure), "kind": failure.kind, "message": torch_message(failure)}
 
 
 def _ranks(estimate: Estimate | None) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 from memplan.estimate import Estimate, Failure, Plan, RankEstimate
 from memplan.report.text import clean_line
 from memplan.request.types import Origin, Request
-from memplan.units import GIB, format_bytes, parse_bytes
+from memplan.units import GIB, KIB, MIB, format_bytes, parse_bytes
 
 UNKNOWN = "unknown"
 CATEGORIES: Mapping[str, str] = {
@@ -137,8 +137,34 @@ def failure_sentence(failure: Failure) -> str:
     )
     return (
         f"Rank {failure.rank} runs out in {_when(failure.phase, failure.step)}, {at}: it asks for {asked} "
-        f"with {allocated} allocated and {reserved} reserved, of {capacity} that torch may take"
+        f"with {allocated} allocated and {reserved} reserved, of {capacity} that torch may take "
+        f"({_KINDS[failure.kind]})"
     )
+
+
+_KINDS = {"capacity": "too little in all", "fragmentation": "enough in all, but in pieces that are too small"}
+
+
+def torch_message(failure: Failure) -> str:
+    """What torch itself will say, for a search through logs; the process's own total is left out."""
+    total = "an unknown amount" if failure.total_bytes is None else _torch_size(failure.total_bytes)
+    requested, allocated, unused = map(
+        _torch_size, (failure.requested_bytes, failure.allocated_bytes, failure.unused_bytes)
+    )
+    free = _torch_size(max(failure.capacity_bytes - failure.reserved_bytes, 0))
+    return (
+        f"CUDA out of memory. Tried to allocate {requested}. GPU {failure.rank} has a total capacity of "
+        f"{total} of which {free} is free. Of the allocated memory {allocated} is allocated by PyTorch, and "
+        f"{unused} is reserved by PyTorch but unallocated."
+    )
+
+
+def _torch_size(size_bytes: int) -> str:
+    """`format_size` of c10/cuda/CUDACachingAllocator.cpp."""
+    for factor, unit in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if size_bytes > factor:
+            return f"{size_bytes / factor:.2f} {unit}"
+    return f"{size_bytes} bytes"
 
 
 def change_text(change: Mapping[str, Any]) -> str:
@@ -196,6 +222,8 @@ def footer(plan: Plan) -> str:
 
 
 def _option(name: str, value: Any) -> str:
+    if name == "alloc_conf":
+        return f"PYTORCH_ALLOC_CONF={value_text(value)}"
     option = f"--{clean_line(name)}"
     return option if value is True else f"{option} {value_text(value)}"
 

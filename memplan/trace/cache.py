@@ -36,11 +36,13 @@ def cached_trace(
 
     if not use_cache:
         return trace(request, facts, card), False, ()
-    path = cache_directory() / f"{cache_key(request, facts, card)}.timeline"
+    key = cache_key(request, facts, card)
+    path = cache_directory() / f"{key}.timeline"
     notes: tuple[str, ...] = ()
     try:
         timeline = Timeline.from_bytes(path.read_bytes())
         os.utime(path)
+        timeline.facts["cache_key"] = key
         return timeline, True, ()
     except FileNotFoundError:
         pass
@@ -48,6 +50,8 @@ def cached_trace(
         notes = (f"ignored a cache entry that can't be read ({error}): {path}",)
     timeline = trace(request, facts, card)
     notes += _store(path, timeline)
+    if path.exists():
+        timeline.facts["cache_key"] = key
     return timeline, False, notes
 
 
@@ -115,3 +119,4 @@ def _make_room(directory: Path) -> None:
         oldest = entries.pop(0)
         total -= oldest.stat().st_size
         oldest.unlink(missing_ok=True)
+        oldest.with_suffix(".answers.json").unlink(missing_ok=True)

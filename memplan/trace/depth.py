@@ -101,11 +101,13 @@ def shortened(depth: Depth | None, recorder: Recorder) -> Iterator[None]:
         setattr(depth.owner, depth.name, layers)
 
 
-class _Skip(torch.autograd.Function):
+class _Skip(torch.autograd.Function):  # type: ignore[misc]
     """Hands the hidden states on, and in backward a gradient to each parameter that was left out."""
 
     @staticmethod
-    def forward(ctx: Any, recorder: Recorder, hidden: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, recorder: Recorder, hidden: torch.Tensor, *parameters: torch.Tensor
+    ) -> torch.Tensor:
         ctx.recorder, ctx.parameters = recorder, parameters
         return hidden.view_as(hidden)
 

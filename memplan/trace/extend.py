@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from memplan.timeline import Kind, Timeline
@@ -63,13 +64,26 @@ class _Extension:
             else:
                 for event in range(start, stop):
                     self._emit(event, self._in.storage[event])
+        self._check_deaths()
         return self._out
+
+    def _check_deaths(self) -> None:
+        """A copy must lose what its template loses, once."""
+        out, died = self._out, set()
+        for kind, storage in zip(out.kind, out.storage, strict=True):
+            if kind == Kind.FREE:
+                if storage in died:
+                    raise DepthMismatchError("a storage would die twice")
+                died.add(storage)
+        for (storage, copy), number in self._new.items():
+            if (storage in died) != (number in died):
+                raise DepthMismatchError(f"copy {copy} of a layer keeps or loses what its template doesn't")
 
     # -- what is where ------------------------------------------------------------------------------
 
     def _passes(self) -> Iterator[tuple[int, int, bool]]:
         starts = sorted({0, *self._pass_starts, len(self._in)})
-        for start, stop in zip(starts, starts[1:], strict=False):
+        for start, stop in itertools.pairwise(starts):
             name = self._in.phases[self._in.phase[start]].name
             yield start, stop, name in _PASSES
 
@@ -141,24 +155,29 @@ class _Extension:
                     self._emit(event, storage)
                     continue
                 together = self._freed_together(first, last) if together is None else together
-                where, layer, what = self._place[storage]
-                if (where, what) in together:
+                if self._place[storage] in together:
                     self._emit(event, storage)
-                    if layer in self._depth.template:
-                        for copy in range(1, self._copies + 1):
-                            self._emit(event, self._of_copy(storage, copy))
+                    for copy in range(1, self._copies + 1):
+                        self._emit(event, self._of_copy(storage, copy))
                 else:
                     self._emit(event, self._neighbour(storage, tag, 0) if tag >= 0 else storage)
 
-    def _freed_together(self, first: int, last: int) -> set[tuple[int, object]]:
-        """What dies for all layers at once in one run: weights that autocast had cast, for example."""
-        layers: dict[tuple[int, object], set[int]] = {}
-        for event in range(first, last):
-            place = self._place.get(self._in.storage[event])
-            if self._in.kind[event] == Kind.FREE and place is not None:
-                layers.setdefault((place[0], place[2]), set()).add(place[1])
-        template = set(self._depth.template)
-        return {key for key, seen in layers.items() if template < seen and min(seen) < min(template)}
+    def _freed_together(self, first: int, last: int) -> set[Place]:
+        """What of the template dies for all layers at once in one run: weights that autocast had cast, say.
+
+        It does when the layer one period before, which is of the same kind, loses the same in this run.
+        """
+        freed = {
+            self._place[self._in.storage[event]]
+            for event in range(first, last)
+            if self._in.kind[event] == Kind.FREE and self._in.storage[event] in self._place
+        }
+        period, template = self._depth.period, self._depth.template
+        return {
+            (where, layer, what)
+            for where, layer, what in freed
+            if layer in template and (where, layer - period, what) in freed
+        }
 
     def _emit_copy(self, event: int, tag: int, copy: int) -> None:
         storage = self._in.storage[event]

@@ -113,7 +113,9 @@ def repeat_step(timeline: Timeline, step: int) -> Timeline | None:
     died_in = {timeline.storage[i] for i in range(first, len(timeline)) if timeline.kind[i] == Kind.FREE}
     left_over = sorted(born_in - died_in)
     inherited = sorted(died_in - born_in)
-    sizes = {timeline.storage[i]: timeline.size_bytes[i] for i in range(len(timeline)) if timeline.kind[i] == 0}
+    sizes = {
+        timeline.storage[i]: timeline.size_bytes[i] for i in range(len(timeline)) if timeline.kind[i] == 0
+    }
     if [sizes[s] for s in left_over] != [sizes[s] for s in inherited]:
         return None
     fresh = len(timeline.category)

@@ -94,7 +94,6 @@ def _run(
 
 def _import_libraries(request: Request) -> None:
     # before the patches: a library that is imported under them would keep them
-    import accelerate.utils
     import transformers.masking_utils
     import transformers.modeling_utils
     import transformers.trainer_optimizer  # noqa: F401
@@ -102,14 +101,17 @@ def _import_libraries(request: Request) -> None:
     if request.use_peft:
         import peft  # noqa: F401
     if request.is_quantized or "8bit" in str(request.optim) or "bnb" in str(request.optim):
-        import bitsandbytes  # noqa: F401
+        import bitsandbytes
     if str(request.optim).startswith(("paged", "lion", "rmsprop", "ademamix")):
         import bitsandbytes  # noqa: F401
 
 
 def _count(model: Any) -> int:
-    packed = {"Params4bit": lambda p: _elements(p.quant_state.shape)}
-    return sum(packed.get(type(p).__name__, lambda p: p.numel())(p) for p in model.parameters())
+    packed = (getattr(p, "quant_state", None) for p in model.parameters())
+    return sum(
+        parameter.numel() if state is None else _elements(state.shape)
+        for parameter, state in zip(model.parameters(), packed, strict=True)
+    )
 
 
 def _weight_bytes(model: Any) -> int:
@@ -145,7 +147,9 @@ def _runs_on_meta(facts: ModelFacts, recorder: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     # The libraries' warnings are about a run that doesn't happen here.
-    levels = {name: logging.getLogger(name).level for name in ("transformers", "bitsandbytes", "peft", "torch")}
+    levels = {
+        name: logging.getLogger(name).level for name in ("transformers", "bitsandbytes", "peft", "torch")
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in levels:

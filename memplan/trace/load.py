@@ -140,7 +140,7 @@ class _Stored:
         return list(self.shape)
 
     def is_floating_point(self) -> bool:
-        return self.dtype.is_floating_point
+        return bool(self.dtype.is_floating_point)
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta")
@@ -249,7 +249,12 @@ def _can_be_built(facts: ModelFacts) -> Iterator[None]:
                 hint="memplan check plans causal language models",
                 exit_code=ExitCode.UNKNOWN,
             ) from error
-        raise
+        raise MemplanError(
+            "model-refuses",
+            f"transformers refuses to build `{facts.name}` this way",
+            context=_one_line(error),
+            hint="another `--attn_implementation` may do, such as `eager`",
+        ) from error
     except (RuntimeError, TypeError, KeyError, AttributeError, AssertionError) as error:
         raise MemplanError(
             "model-not-built",
@@ -266,7 +271,11 @@ def _unknown_model_type(facts: ModelFacts, model_type: str) -> MemplanError:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     near = difflib.get_close_matches(model_type, CONFIG_MAPPING_NAMES, 3)
-    hint = "near names: " + ", ".join(f"`{name}`" for name in near) if near else "a newer transformers may know it"
+    hint = (
+        "near names: " + ", ".join(f"`{name}`" for name in near)
+        if near
+        else "a newer transformers may know it"
+    )
     return MemplanError(
         "unknown-model-type",
         f"the config of `{facts.name}` has model_type `{model_type}`",

@@ -29,17 +29,19 @@ _META = torch.device("meta").type
 _RESIZING = frozenset({"aten::resize_", "aten::resize_as_", "aten::set_", "aten::lift_fresh"})
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[misc]
     """The dispatch mode under which a job is traced; `finish` gives the `Timeline`.
 
     `kernels` replaces an operator by code that allocates as its CUDA kernel does; `workspaces` lists what a
-    kernel allocates and frees within itself; `handles` what it allocates once and keeps.
+    kernel allocates and frees within itself, after its outputs (`workspaces_before`: before them); `handles`
+    what it allocates once and keeps.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.kernels: dict[str, Kernel] = {}
         self.workspaces: dict[str, WorkspaceSizes] = {}
+        self.workspaces_before: dict[str, WorkspaceSizes] = {}
         self.handles: dict[str, Callable[[Recorder, tuple[Any, ...]], None]] = {}
         self.output_order: dict[str, tuple[int, ...]] = {}
         self.stream: Callable[[], int] | None = None
@@ -49,8 +51,10 @@ class Recorder(TorchDispatchMode):
         self.operator_count = 0
         self._timeline = Timeline()
         self._category: list[int] = []
+        self._default_category = UNKNOWN_CATEGORY
         self._owner: dict[int, int] = {}
         self._alive: dict[int, tuple[weakref.ref[Any], list[int]]] = {}
+        self._ignored: dict[int, weakref.ref[Any]] = {}
         self._phase_index: dict[Phase, int] = {}
         self._operator_index: dict[str, int] = {}
         self._aliases: dict[Any, bool] = {}
@@ -139,10 +143,19 @@ class Recorder(TorchDispatchMode):
         timeline.module.append(module)
         timeline.stream.append(0 if self.stream is None else self.stream())
 
+    @contextmanager
+    def labelling(self, category: Category) -> Iterator[None]:
+        """What is born in here and not labelled otherwise is for this."""
+        before, self._default_category = self._default_category, int(category)
+        try:
+            yield
+        finally:
+            self._default_category = before
+
     def allocate(self, size_bytes: int, operator: str, category: int = UNKNOWN_CATEGORY) -> int:
         """Log a birth that no tensor stands for; returns its number for `release`."""
         storage = len(self._category)
-        self._category.append(category)
+        self._category.append(self._default_category if category == UNKNOWN_CATEGORY else category)
         self._append(Kind.ALLOC, storage, size_bytes, operator, self.attribution.current())
         return storage
 
@@ -156,6 +169,8 @@ class Recorder(TorchDispatchMode):
             return None
         storage = tensor.untyped_storage()
         key = storage._cdata
+        if key in self._ignored:
+            return None
         known = self._alive.get(key)
         size_bytes = storage.nbytes()
         if known is not None and known[0]() is storage:
@@ -175,6 +190,12 @@ class Recorder(TorchDispatchMode):
         self._category.append(Category.GRADIENTS)
         self._watch(storage, [number, storage.nbytes()])
         return number
+
+    def ignore(self, tensor: torch.Tensor) -> None:
+        """A meta tensor that stands for host memory."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        self._ignored[key] = weakref.ref(storage, lambda _: self._ignored.pop(key, None))
 
     def _watch(self, storage: torch.UntypedStorage, state: list[int]) -> None:
         key = storage._cdata
@@ -206,20 +227,28 @@ class Recorder(TorchDispatchMode):
         if self._is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
-        if name in self.handles:
-            self.handles[name](self, args)
         if name == "aten::add" and self.attribution.in_backward:
             out = func(*args, **kwargs)
             self._track_accumulation(out, args)
             return out
         out = self.shadows.run(self, func, name, args, kwargs)
+        before = self.workspaces_before.get(name)
+        if before is not None:
+            self.use(before(args, kwargs, out), name)
         if not self._is_alias(func):
             self._track_outputs(out, name)
+        if name in self.handles:
+            self.handles[name](self, args)
         workspace = self.workspaces.get(name)
         if workspace is not None:
-            for size_bytes in workspace(args, kwargs, out):
-                self.release(self.allocate(size_bytes, name, Category.WORKSPACES), size_bytes)
+            self.use(workspace(args, kwargs, out), name)
         return out
+
+    def use(self, sizes_bytes: list[int], operator: str) -> None:
+        """Buffers that a kernel holds together and frees when it is done."""
+        held = [(self.allocate(size, operator, Category.WORKSPACES), size) for size in sizes_bytes]
+        for storage, size_bytes in held:
+            self.release(storage, size_bytes)
 
     def _is_composite(self, func: Any) -> bool:
         # Inside a kernel, below autograd, operators that are made of others arrive in one piece.

@@ -123,8 +123,9 @@ class Shadows:
             return value.to(dtype)
         if source.numel() <= LARGEST_SHADOW:
             return torch.zeros(source.shape, dtype=dtype)
-        with recorder.paused():  # too large to be real: an untracked meta tensor stands for host memory
-            return torch.empty(source.shape, dtype=dtype, device="meta")
+        host = torch.empty(source.shape, dtype=dtype, device="meta")  # too large to be real
+        recorder.ignore(host)
+        return host
 
     def _scalar(self, recorder: Recorder, tensor: torch.Tensor) -> bool | int | float:
         value = self.of(tensor)

@@ -40,7 +40,7 @@ def prepare_model(model: Any, request: Request, recorder: Recorder) -> nn.Module
         )
         recorder.empty_cache()
     if not request.use_peft:
-        return model  # type: ignore[no-any-return]
+        return model
     model = _add_adapters(model, request, recorder)
     if request.gradient_checkpointing:
         model.enable_input_require_grads()
@@ -49,7 +49,7 @@ def prepare_model(model: Any, request: Request, recorder: Recorder) -> nn.Module
             recorder.label(parameter.data, Category.ADAPTERS)
         elif recorder.labelled(parameter.data) is not None:
             recorder.label(parameter.data, Category.PARAMETERS)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _add_adapters(model: Any, request: Request, recorder: Recorder) -> Any:
@@ -95,7 +95,7 @@ def begin_training(model: Any, request: Request, recorder: Recorder, wrap: Wrap 
         autocast = torch.autocast("cuda", dtype=low)
         model.forward = types.MethodType(autocast(model.forward.__func__), model)
         model.forward = types.MethodType(convert_outputs_to_fp32(model.forward.__func__), model)
-    return wrap(model) if wrap is not None else model  # type: ignore[no-any-return]
+    return wrap(model) if wrap is not None else model
 
 
 class Steps:
@@ -189,7 +189,9 @@ class Steps:
             self._recorder.enter_phase("backward", step)
             if not self._counts_items:
                 loss = loss / len(self._batches)
-            loss.backward()
+            scaled = loss / 1  # Accelerator.backward, whose own accumulation is off
+            scaled.backward()
+            del scaled
         return loss.detach()
 
     def _compute_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -225,5 +227,6 @@ def logits_modules(model: Any, names: list[str]) -> list[str]:
     return [
         name
         for name in names
-        if name in outer or (full_head is not None and (name == full_head or name.startswith(full_head + ".")))
+        if name in outer
+        or (full_head is not None and (name == full_head or name.startswith(full_head + ".")))
     ]

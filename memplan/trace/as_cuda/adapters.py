@@ -14,6 +14,8 @@ from memplan.trace.as_cuda.patching import patches
 from memplan.trace.as_cuda.target import CudaTarget
 from memplan.trace.recorder import Recorder
 
+_MOVE = "_move_adapter_to_device_of_base_layer"
+
 
 @contextlib.contextmanager
 def installed(target: CudaTarget, recorder: Recorder) -> Iterator[None]:
@@ -23,11 +25,13 @@ def installed(target: CudaTarget, recorder: Recorder) -> Iterator[None]:
         return
     from peft.tuners import tuners_utils
 
-    layer_class = tuners_utils.BaseTunerLayer
     upcast = tuners_utils.cast_adapter_dtype
 
     def move(self: Any, adapter_name: str, device: torch.device | None = None) -> None:
-        _, base_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if hasattr(self, "get_param"):  # an adapter of a bare parameter, such as fused experts
+            base_dtype = self.get_param().dtype
+        else:
+            _, base_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         floating = base_dtype is not None and base_dtype.is_floating_point
         for name in self.adapter_layer_names + self.other_param_names:
             held = getattr(self, name, None)
@@ -43,6 +47,14 @@ def installed(target: CudaTarget, recorder: Recorder) -> Iterator[None]:
             upcast(*args, **kwargs)
 
     with patches() as patch:
-        patch.set(layer_class, "_move_adapter_to_device_of_base_layer", move)
+        for layer_class in _with_subclasses(tuners_utils.BaseTunerLayer):
+            if _MOVE in vars(layer_class):
+                patch.set(layer_class, _MOVE, move)
         patch.set_everywhere("peft", "cast_adapter_dtype", upcast, cast_adapter_dtype)
         yield
+
+
+def _with_subclasses(base: Any) -> Iterator[Any]:
+    yield base
+    for subclass in base.__subclasses__():
+        yield from _with_subclasses(subclass)

@@ -41,9 +41,9 @@ def installed(target: CudaTarget, recorder: Recorder) -> Iterator[None]:
     ) -> torch.Tensor:
         if is_autocast_enabled(AUTOCAST_DEVICE):  # it is on autocast's list of lower precision
             low = autocast_dtype(AUTOCAST_DEVICE)
-            query, key, value = query.to(low), key.to(low), value.to(low)
             if attn_mask is not None and attn_mask.is_floating_point():
                 attn_mask = attn_mask.to(low)
+            value, key, query = value.to(low), key.to(low), query.to(low)  # the last argument first
         backend = choose(target, query, key, value, attn_mask, enable_gqa)
         return _RUN[backend](query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
@@ -75,7 +75,7 @@ def choose(
         order.insert(0, "cudnn")
     for backend in order:
         if backend == "cudnn":
-            fits = half and ampere and head_dim <= 128 and value_dim <= 128 and not (head_dim % 8 or value_dim % 8)
+            fits = half and ampere and _cudnn_takes(head_dim, value_dim)
             fits = fits and key.shape[2] != 1 and (same_heads or enable_gqa)
         elif backend == "flash":
             # sm86, sm89 and sm120 have too little shared memory for the backward of large heads.
@@ -93,6 +93,13 @@ def choose(
     return "math"
 
 
+def _cudnn_takes(head_dim: int, value_dim: int) -> bool:
+    """Up to 128; 256, as an allocator history of gemma-3-1b on an H100 shows (torch 2.11.0+cu130)."""
+    if head_dim % 8 or value_dim % 8:
+        return False
+    return max(head_dim, value_dim) <= 128 or head_dim == value_dim == 256
+
+
 def additive_mask(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """A boolean mask as zeros and minus infinities of `dtype`: at::native's convert_boolean_attn_mask."""
     if mask is None or mask.dtype != torch.bool:
@@ -104,23 +111,27 @@ def _needs_logsumexp(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def _cudnn(q: Any, k: Any, v: Any, mask: Any, dropout: float, causal: bool, scale: Any, gqa: bool) -> torch.Tensor:
+def _cudnn(
+    q: Any, k: Any, v: Any, mask: Any, dropout: float, causal: bool, scale: Any, gqa: bool
+) -> torch.Tensor:
     mask = additive_mask(mask, q.dtype)
     if mask is not None:
         mask = mask.expand(q.shape[0], mask.shape[1], q.shape[2], k.shape[2])
     keep = _needs_logsumexp(q, k, v)
     out = aten._scaled_dot_product_cudnn_attention(q, k, v, mask, keep, dropout, causal, False, scale=scale)
-    return out[0]  # type: ignore[no-any-return]
+    return out[0]
 
 
-def _flash(q: Any, k: Any, v: Any, mask: Any, dropout: float, causal: bool, scale: Any, gqa: bool) -> torch.Tensor:
+def _flash(
+    q: Any, k: Any, v: Any, mask: Any, dropout: float, causal: bool, scale: Any, gqa: bool
+) -> torch.Tensor:
     head_dim = q.shape[-1]
     if scale is None:
         scale = head_dim**-0.5
     if head_dim % 8:
         q, k, v = (F.pad(x, (0, 8 - head_dim % 8)) for x in (q, k, v))
     out = aten._scaled_dot_product_flash_attention(q, k, v, dropout, causal, False, scale=scale)[0]
-    return out[..., :head_dim]  # type: ignore[no-any-return]
+    return out[..., :head_dim]
 
 
 def _efficient(
@@ -133,14 +144,14 @@ def _efficient(
             mask = F.pad(mask, (0, 8 - length % 8))[..., :length]
         mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], length)
     keep = _needs_logsumexp(q, k, v)
-    return aten._scaled_dot_product_efficient_attention(  # type: ignore[no-any-return]
-        q, k, v, mask, keep, dropout, causal, scale=scale
-    )[0]
+    return aten._scaled_dot_product_efficient_attention(q, k, v, mask, keep, dropout, causal, scale=scale)[0]
 
 
-def _math(q: Any, k: Any, v: Any, mask: Any, dropout: float, causal: bool, scale: Any, gqa: bool) -> torch.Tensor:
+def _math(
+    q: Any, k: Any, v: Any, mask: Any, dropout: float, causal: bool, scale: Any, gqa: bool
+) -> torch.Tensor:
     mask = additive_mask(mask, q.dtype)
-    return aten._scaled_dot_product_attention_math(  # type: ignore[no-any-return]
+    return aten._scaled_dot_product_attention_math(
         q, k, v, mask, dropout, causal, None, scale=scale, enable_gqa=gqa
     )[0]
 

@@ -89,18 +89,22 @@ class _Rules:
 
     def _lower(self, op: Any, args: Any, kwargs: Any) -> Any:
         low = torch.get_autocast_dtype("cpu")
-        return [self._cast(a, low, low) for a in args], {k: self._cast(v, low, low) for k, v in kwargs.items()}
+        return self._cast_all(args, kwargs, low, low)
 
     def _fp32(self, op: Any, args: Any, kwargs: Any) -> Any:
-        full = torch.float32
-        return [self._cast(a, full) for a in args], {k: self._cast(v, full) for k, v in kwargs.items()}
+        return self._cast_all(args, kwargs, torch.float32)
 
     def _fp32_set_dtype(self, op: Any, args: Any, kwargs: Any) -> Any:
         first = args[0] if args else None
         names = [argument.name for argument in op._schema.arguments]
         place = names.index("dtype")
         stated = kwargs.get("dtype") is not None or (len(args) > place and args[place] is not None)
-        if not stated and _eligible(first) and first.dtype in (torch.bfloat16, torch.float16):
+        if (
+            not stated
+            and first is not None
+            and _eligible(first)
+            and first.dtype in (torch.bfloat16, torch.float16)
+        ):
             return list(args)[:place], {**kwargs, "dtype": torch.float32}
         return args, kwargs
 
@@ -108,7 +112,15 @@ class _Rules:
         low = torch.get_autocast_dtype("cpu")
         tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if _eligible(t)]
         widest = torch.float32 if any(t.dtype == torch.float32 for t in tensors) else low
-        return [self._cast(a, widest) for a in args], kwargs
+        return self._cast_all(args, kwargs, widest)
+
+    def _cast_all(
+        self, args: Any, kwargs: dict[str, Any], dtype: torch.dtype, low: torch.dtype | None = None
+    ) -> tuple[list[Any], dict[str, Any]]:
+        # The last argument is cast first: the casts are arguments of one C++ call, which GCC evaluates from
+        # right to left. An H100's allocator history shows bias, weight, input.
+        named = {name: self._cast(kwargs[name], dtype, low) for name in reversed(kwargs)}
+        return [self._cast(a, dtype, low) for a in reversed(args)][::-1], named
 
     def _cast(self, value: Any, dtype: torch.dtype, low: torch.dtype | None = None) -> Any:
         if isinstance(value, (list, tuple)):

@@ -26,7 +26,7 @@ def installed(target: CudaTarget, recorder: Recorder) -> Iterator[None]:
     def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: Any = None) -> torch.Tensor:
         with recorder.paused():  # managed memory, which torch's allocator doesn't see
             state = torch.empty(*shape, dtype=dtype, device="meta")
-        state.is_paged = True  # type: ignore[attr-defined]
+        state.is_paged = True
         return state
 
     def nothing(*args: Any, **kwargs: Any) -> None:

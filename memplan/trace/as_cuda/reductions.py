@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -19,25 +20,30 @@ _ACCUMULATOR_BYTES = 4
 def reduction_workspace(target: CudaTarget, args: tuple[Any, ...], out: Any) -> list[int]:
     """Bytes of the shared buffer and of the semaphores; empty where one block makes each output.
 
-    For a contiguous input whose leading dimensions are summed away (gradients of biases and of norm
-    weights), or all of it. The buffer holds `outputs × blocks per output × block width × vector` values:
+    For a dense input whose slow dimensions are summed away (gradients of biases and of norm weights), or
+    its fast ones, or all of it. The buffer holds `outputs × blocks per output × block width × vector` values:
     torch does allocate that much.
     """
     source = args[0]
-    if not isinstance(out, torch.Tensor) or not source.is_contiguous() or out.numel() == 0 or source.dim() == 0:
+    if not isinstance(out, torch.Tensor) or out.numel() == 0 or source.dim() == 0:
+        return []
+    if not torch.ops.aten.is_non_overlapping_and_dense(source):
         return []
     dims = args[1] if len(args) > 1 and args[1] is not None else list(range(source.dim()))
-    dims = {d % source.dim() for d in ([dims] if isinstance(dims, int) else dims)} or set(range(source.dim()))
+    summed = {d % source.dim() for d in ([dims] if isinstance(dims, int) else dims)} or set(
+        range(source.dim())
+    )
     outputs, inputs = out.numel(), source.numel() // out.numel()
-    kept = [d for d in range(source.dim()) if d not in dims and source.shape[d] > 1]
     if inputs < 2:
         return []
-    if source.dim() - 1 in dims and kept:
-        return _over_fastest(target, outputs, inputs, vectorized=False)
-    if not kept:
-        return _over_fastest(target, outputs, inputs, vectorized=inputs > 128)
-    if max(kept) > min((d for d in dims if source.shape[d] > 1), default=0) and min(kept) < min(dims):
-        return []  # neither leading nor trailing: not met in training
+    # in the order of memory, fastest first, as TensorIterator sorts and joins them
+    order = sorted((d for d in range(source.dim()) if source.shape[d] > 1), key=source.stride)
+    groups = [d in summed for d in order]
+    changes = sum(a != b for a, b in itertools.pairwise(groups))
+    if changes > 1:
+        return []  # summed, kept and summed again: not met in training
+    if groups[0]:
+        return _over_fastest(target, outputs, inputs, vectorized=changes == 0 and inputs > 128)
     return _over_leading(target, outputs, inputs)
 
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from memplan.request.types import Request
+from memplan.timeline import Category
 from memplan.trace.as_cuda.patching import patches
 from memplan.trace.recorder import Recorder
 
@@ -23,8 +24,16 @@ def wrapper(request: Request, recorder: Recorder) -> Iterator[Any]:
 
     def wrap(model: nn.Module) -> nn.Module:
         find_unused = request.ddp_find_unused_parameters
-        wrapped = distributed.DistributedDataParallel(model, find_unused_parameters=bool(find_unused))
+        with recorder.labelling(Category.COMMUNICATION):
+            wrapped = distributed.DistributedDataParallel(model, find_unused_parameters=bool(find_unused))
         wrapped.register_comm_hook(None, _keep_bucket)
+        prepare = wrapped._pre_forward
+
+        def pre_forward(*args: Any, **kwargs: Any) -> Any:
+            with recorder.labelling(Category.COMMUNICATION):  # the reducer rebuilds its buckets here
+                return prepare(*args, **kwargs)
+
+        wrapped._pre_forward = pre_forward
         return wrapped
 
     with patches() as patch:

@@ -7,6 +7,7 @@ and events of a device of that name) is put in place for as long as the group ex
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import types
 from collections.abc import Iterator
@@ -68,7 +69,8 @@ def fake_process_group(world_size: int, recorder: Recorder) -> Iterator[None]:
         recorder.stream = lambda: current[-1].number
         dist.init_process_group(backend="fake", rank=0, world_size=world_size, store=FakeStore())
         try:
-            yield
+            with _quiet_cpp():
+                yield
         finally:
             dist.destroy_process_group()
             recorder.stream = None
@@ -76,6 +78,21 @@ def fake_process_group(world_size: int, recorder: Recorder) -> Iterator[None]:
                 del sys.modules["torch.meta"]
             else:
                 sys.modules["torch.meta"] = before
+
+
+@contextlib.contextmanager
+def _quiet_cpp() -> Iterator[None]:
+    # DistributedDataParallel's C++ side warns past Python, to file descriptor 2, of a device without timers.
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _device_module(current: list[_Stream], device_count: int) -> types.ModuleType:
