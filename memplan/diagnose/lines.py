@@ -199,7 +199,10 @@ def _is_srun(rows: Sequence[str]) -> bool:
 def _stream(lines: list[Line]) -> Stream:
     starts, parts, at = [], [], 0
     for line in lines:
-        text = " ".join(line.text.replace("\\n", " ").replace("**", "").split())
+        text = line.text
+        if "\\n" in text or "**" in text:
+            text = text.replace("\\n", " ").replace("**", "")
+        text = " ".join(text.split())
         starts.append(at)
         parts.append(text)
         at += len(text) + 1
