@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from memplan.diagnose.doctor import Health as Health
+    from memplan.diagnose.doctor import doctor as doctor
+    from memplan.diagnose.parse import diagnose as diagnose
+    from memplan.diagnose.types import Diagnosis as Diagnosis
     from memplan.errors import MemplanError as MemplanError
     from memplan.estimate import Estimate as Estimate
     from memplan.estimate import Plan as Plan
@@ -17,6 +21,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "MemplanError": "memplan.errors",
+    "Diagnosis": "memplan.diagnose.types",
+    "Health": "memplan.diagnose.doctor",
+    "doctor": "memplan.diagnose.doctor",
     "CardSpec": "memplan.request.types",
     "Request": "memplan.request.types",
     "Estimate": "memplan.estimate",
@@ -25,13 +32,18 @@ _HOMES = {
     "estimate": "memplan.plan",
 }
 
-__all__ = ["CardSpec", "Estimate", "MemplanError", "Plan", "Request", "__version__", "check", "estimate"]
+__all__ = [
+    "CardSpec", "Diagnosis", "Estimate", "Health", "MemplanError", "Plan", "Request", "__version__", "check",
+    "diagnose", "doctor", "estimate",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """Public names are imported when they are first used, so that `import memplan` costs nothing."""
     import importlib
 
+    if name == "diagnose":
+        return importlib.import_module("memplan.diagnose")  # a module that can be called
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'memplan' has no attribute {name!r}")

@@ -15,7 +15,7 @@ from memplan.cli.output import Output, format_asked_for
 from memplan.errors import ExitCode, MemplanError
 from memplan.names import listed, printable
 
-VERBS = ("check", "probe")
+VERBS = ("check", "diagnose", "probe", "doctor")
 INTERRUPTED = 130
 INTERNAL_ERROR = 70
 _HELP = """The GPU memory of a fine-tune, predicted by running its training step without a GPU."""

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO, cast, get_args
 from memplan.errors import MemplanError
 
 if TYPE_CHECKING:
+    from memplan.diagnose.doctor import Health
+    from memplan.diagnose.types import Diagnosis
     from memplan.estimate import Plan
     from memplan.gpus.probe import Probe
 
@@ -56,14 +58,33 @@ class Output:
             self._json(plan_to_dict(plan))
         else:
             from memplan.report.terminal import render_plan
-            from memplan.report.text import is_plain, wants_color
 
-            text = render_plan(
-                plan, width=_width(self.stdout), color=wants_color(self.stdout), plain=is_plain(self.stdout)
-            )
-            self._data(text)
+            self._data(render_plan(plan, **self._look()))
             for hint in plan.hints:
                 self.remark("hint", hint)
+
+    def diagnosis(self, diagnosis: Diagnosis) -> None:
+        """The answer of `diagnose`."""
+        if self.format == "quiet":
+            first = diagnosis.events[0] if diagnosis.events else None
+            self._data(f"{first.kind} {first.phase} {first.cause}" if first else "nothing recognised")
+        elif self.format == "json":
+            self._json(diagnosis.to_dict())
+        else:
+            from memplan.report.diagnosis import render_diagnosis
+
+            self._data(render_diagnosis(diagnosis, **self._look()))
+
+    def health(self, health: Health) -> None:
+        """The answer of `doctor`."""
+        if self.format == "quiet":
+            self._data(str(len(health.problems)))
+        elif self.format == "json":
+            self._json(health.to_dict())
+        else:
+            from memplan.report.diagnosis import render_health
+
+            self._data(render_health(health, **self._look()))
 
     def probe(self, probe: Probe) -> None:
         """The answer of `probe`; quiet is what `--gpus` takes for the cards that can be seen."""
@@ -74,10 +95,7 @@ class Output:
         elif self.format == "json":
             self._json(probe_to_dict(probe))
         else:
-            from memplan.report.text import is_plain, wants_color
-
-            color, plain = wants_color(self.stdout), is_plain(self.stdout)
-            self._data(render_probe(probe, width=_width(self.stdout), color=color, plain=plain))
+            self._data(render_probe(probe, **self._look()))
 
     def redraw(self) -> None:
         """Begin again at the top of a terminal; elsewhere one answer follows the other."""
@@ -121,6 +139,16 @@ class Output:
         finally:
             if is_shown:
                 _write(self.stderr, "\x1b[2K\r")
+
+    def _look(self) -> dict[str, Any]:
+        """Width, colour and characters that stdout takes."""
+        from memplan.report.text import is_plain, wants_color
+
+        return {
+            "width": _width(self.stdout),
+            "color": wants_color(self.stdout),
+            "plain": is_plain(self.stdout),
+        }
 
     def _json(self, document: dict[str, Any]) -> None:
         self._data(json.dumps(document, indent=self.indent, allow_nan=False))
