@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from memplan.diagnose.parse import diagnose
+from memplan.diagnosis.parse import diagnose
 
 SIZES = (
     "requested_bytes", "total_bytes", "free_bytes", "allocated_bytes", "reserved_bytes",

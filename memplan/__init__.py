@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memplan.diagnose.doctor import Health as Health
-    from memplan.diagnose.doctor import doctor as doctor
-    from memplan.diagnose.parse import diagnose as diagnose
-    from memplan.diagnose.types import Diagnosis as Diagnosis
+    from memplan.diagnosis.doctor import Health as Health
+    from memplan.diagnosis.doctor import doctor as doctor
+    from memplan.diagnosis.parse import diagnose as diagnose
+    from memplan.diagnosis.types import Diagnosis as Diagnosis
     from memplan.errors import MemplanError as MemplanError
     from memplan.estimate import Estimate as Estimate
     from memplan.estimate import Plan as Plan
@@ -21,9 +21,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "MemplanError": "memplan.errors",
-    "Diagnosis": "memplan.diagnose.types",
-    "Health": "memplan.diagnose.doctor",
-    "doctor": "memplan.diagnose.doctor",
+    "Diagnosis": "memplan.diagnosis.types",
+    "diagnose": "memplan.diagnosis.parse",
+    "Health": "memplan.diagnosis.doctor",
+    "doctor": "memplan.diagnosis.doctor",
     "CardSpec": "memplan.request.types",
     "Request": "memplan.request.types",
     "Estimate": "memplan.estimate",
@@ -42,8 +43,6 @@ def __getattr__(name: str) -> Any:
     """Public names are imported when they are first used, so that `import memplan` costs nothing."""
     import importlib
 
-    if name == "diagnose":
-        return importlib.import_module("memplan.diagnose")  # a module that can be called
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'memplan' has no attribute {name!r}")

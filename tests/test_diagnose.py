@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import memplan
-from memplan.diagnose import compat, wordings
-from memplan.diagnose.parse import diagnose
-from memplan.diagnose.scan import WHOLE, read_rows
-from memplan.diagnose.types import Event
+from memplan.diagnosis import compat, wordings
+from memplan.diagnosis.parse import diagnose
+from memplan.diagnosis.scan import WHOLE, read_rows
+from memplan.diagnosis.types import Event
 from memplan.report.diagnosis import headline, render_diagnosis
 from memplan.units import GIB, MIB
 
@@ -465,7 +465,7 @@ class TestStreaming:
         assert log.stat().st_size > 2 * WHOLE
         with log.open("rb") as stream:
             rows, count = read_rows(stream)
-        from memplan.diagnose.parse import diagnose_rows
+        from memplan.diagnosis.parse import diagnose_rows
 
         diagnosis = diagnose_rows(rows, count)
         assert [event.line for event in diagnosis.events] == [30_001, 60_002, 90_003]

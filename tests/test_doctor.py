@@ -17,9 +17,9 @@ from plans import CARD, founding_plan
 
 import memplan.plan
 from memplan.cli import app
-from memplan.diagnose.doctor import doctor, judged
-from memplan.diagnose.parse import diagnose
-from memplan.diagnose.replan import compare
+from memplan.diagnosis.doctor import doctor, judged
+from memplan.diagnosis.parse import diagnose
+from memplan.diagnosis.replan import compare
 from memplan.report.diagnosis import render_diagnosis, render_health
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from memplan.diagnose.parse import diagnose
+from memplan.diagnosis.parse import diagnose
 from memplan.units import GIB, KIB, MIB
 
 TEXTS = Path(__file__).parent / "measured" / "oom_texts.jsonl"

@@ -84,7 +84,7 @@ def diagnose(
     diagnosis = _read(output, file, paste)
     if model is not None:
         request = build_request(model, gpus if gpus is not None else _text_card(diagnosis), given)
-        from memplan.diagnose.replan import replanned
+        from memplan.diagnosis.replan import replanned
 
         with output.status(f"Planning the run of {model} again"):
             diagnosis = replanned(diagnosis, request, use_cache=not no_cache)
@@ -105,8 +105,8 @@ def _check_options(model: str | None, gpus: str | None, given: dict[str, Any]) -
 
 
 def _read(output: Output, file: str | None, paste: bool) -> Any:
-    from memplan.diagnose.parse import diagnose, diagnose_rows
-    from memplan.diagnose.scan import read_rows
+    from memplan.diagnosis.parse import diagnose, diagnose_rows
+    from memplan.diagnosis.scan import read_rows
 
     if paste:
         if file is not None:

@@ -38,7 +38,7 @@ def command() -> click.Command:
 @click.pass_obj
 def doctor(output: Output, /, format: str) -> int:
     """Answer on the output and return the exit code."""
-    from memplan.diagnose.doctor import doctor
+    from memplan.diagnosis.doctor import doctor
 
     health = doctor()
     output.health(health)

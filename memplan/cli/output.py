@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO, cast, get_args
 from memplan.errors import MemplanError
 
 if TYPE_CHECKING:
-    from memplan.diagnose.doctor import Health
-    from memplan.diagnose.types import Diagnosis
+    from memplan.diagnosis.doctor import Health
+    from memplan.diagnosis.types import Diagnosis
     from memplan.estimate import Plan
     from memplan.gpus.probe import Probe
 

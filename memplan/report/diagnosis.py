@@ -6,12 +6,12 @@ import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from memplan.diagnose.types import NOT_OOM, CompatMatch, Diagnosis, Event, Replan
+from memplan.diagnosis.types import NOT_OOM, CompatMatch, Diagnosis, Event, Replan
 from memplan.report.text import clean, clean_line, to_ascii
 from memplan.units import format_bytes
 
 if TYPE_CHECKING:
-    from memplan.diagnose.doctor import Health
+    from memplan.diagnosis.doctor import Health
 
 _WHEN = {
     "load": " while loading or placing the model",

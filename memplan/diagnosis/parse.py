@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, islice
 
-from memplan.diagnose.cause import cause_of
-from memplan.diagnose.compat import Entry, found_in
-from memplan.diagnose.events import findings_of, merged
-from memplan.diagnose.fixes import advice_for
-from memplan.diagnose.frames import frames_of
-from memplan.diagnose.lines import Stream, split_lines, streams
-from memplan.diagnose.phase import phase_of
-from memplan.diagnose.tool import tool_of
-from memplan.diagnose.types import NOT_OOM, Advice, CompatMatch, Diagnosis, Event, Finding
+from memplan.diagnosis.cause import cause_of
+from memplan.diagnosis.compat import Entry, found_in
+from memplan.diagnosis.events import findings_of, merged
+from memplan.diagnosis.fixes import advice_for
+from memplan.diagnosis.frames import frames_of
+from memplan.diagnosis.lines import Stream, split_lines, streams
+from memplan.diagnosis.phase import phase_of
+from memplan.diagnosis.tool import tool_of
+from memplan.diagnosis.types import NOT_OOM, Advice, CompatMatch, Diagnosis, Event, Finding
 
 _MOST_EVENTS = 200
 _MOST_FINDINGS = 1000

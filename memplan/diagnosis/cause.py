@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from memplan.diagnose.types import Cause, Figures, Finding, Kind, Phase
-from memplan.diagnose.wordings import compiled
+from memplan.diagnosis.types import Cause, Figures, Finding, Kind, Phase
+from memplan.diagnosis.wordings import compiled
 from memplan.units import GIB, format_bytes
 
 HUGE_SHARE = 0.4

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from memplan.diagnose.types import Comparison, Diagnosis, Event, Figures, Phase, Replan
+from memplan.diagnosis.types import Comparison, Diagnosis, Event, Figures, Phase, Replan
 from memplan.request.types import CardSpec, Request
 from memplan.units import format_bytes
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from memplan.diagnose.types import Finding
-from memplan.diagnose.wordings import compiled
+from memplan.diagnosis.types import Finding
+from memplan.diagnosis.wordings import compiled
 
 _TOOLS: tuple[tuple[str, str], ...] = (
     ("axolotl", r"/axolotl/|\baxolotl\b"),

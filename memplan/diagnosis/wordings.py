@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
-from memplan.diagnose.types import Kind
+from memplan.diagnosis.types import Kind
 
 DATA = Path(__file__).with_name("wordings.tsv")
 SIZE = r"-?\d[\d,]{0,26}(?:\.\d{1,12})?\s{0,2}(?:bytes?|[kmgtpe]i?b{0,2}|b)\b"

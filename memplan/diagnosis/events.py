@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from memplan.diagnose.figures import BEFORE, read_figures
-from memplan.diagnose.frames import frames_of
-from memplan.diagnose.lines import Stream
-from memplan.diagnose.types import NOT_OOM, Figures, Finding
-from memplan.diagnose.wordings import Wording, compiled, wordings
+from memplan.diagnosis.figures import BEFORE, read_figures
+from memplan.diagnosis.frames import frames_of
+from memplan.diagnosis.lines import Stream
+from memplan.diagnosis.types import NOT_OOM, Figures, Finding
+from memplan.diagnosis.wordings import Wording, compiled, wordings
 
 _LONGEST_MESSAGE = 1600
 _AROUND = 500

@@ -10,9 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from memplan.diagnose.lines import Stream
-from memplan.diagnose.types import CompatMatch, Kind
-from memplan.diagnose.wordings import compiled
+from memplan.diagnosis.lines import Stream
+from memplan.diagnosis.types import CompatMatch, Kind
+from memplan.diagnosis.wordings import compiled
 
 DATA = Path(__file__).with_name("compat.json")
 _CONDITION = re.compile(r"(<=|>=|<|>|==)\s*(\d+(?:\.\d+)*)")

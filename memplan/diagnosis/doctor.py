@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from memplan.diagnose.compat import affected_by
-from memplan.diagnose.types import CompatMatch
+from memplan.diagnosis.compat import affected_by
+from memplan.diagnosis.types import CompatMatch
 from memplan.errors import MemplanError
 from memplan.units import format_bytes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from memplan.diagnose.types import Advice, Cause, Figures, Finding, Kind, Phase
+from memplan.diagnosis.types import Advice, Cause, Figures, Finding, Kind, Phase
 from memplan.units import format_bytes
 
 _TRAINERS = frozenset(

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 
-from memplan.diagnose.types import Figures, Kind
-from memplan.diagnose.wordings import SIZE, compiled
+from memplan.diagnosis.types import Figures, Kind
+from memplan.diagnosis.wordings import SIZE, compiled
 
 _UNITS = {unit: 1 << (10 * power) for power, unit in enumerate("bkmgtpe")}
 _LARGEST = 1 << 59

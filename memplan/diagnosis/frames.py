@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from memplan.diagnose.lines import Line, Stream
-from memplan.diagnose.types import Frame
+from memplan.diagnosis.lines import Line, Stream
+from memplan.diagnosis.types import Frame
 
 _BACK = 500
 _FORWARD = 12

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import BinaryIO
 
-from memplan.diagnose.lines import split_lines
-from memplan.diagnose.wordings import wordings
+from memplan.diagnosis.lines import split_lines
+from memplan.diagnosis.wordings import wordings
 
 WHOLE = 2 << 20
 """A text no larger is parsed whole."""

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from itertools import islice
 
-from memplan.diagnose.types import Finding, Frame, Kind, Phase
-from memplan.diagnose.wordings import compiled
+from memplan.diagnosis.types import Finding, Frame, Kind, Phase
+from memplan.diagnosis.wordings import compiled
 
 _BY_KIND: dict[Kind, Phase] = {"vllm_kv": "load", "load_dispatch": "load", "shm": "data"}
 _UNLESS_SHOWN: dict[Kind, Phase] = {"metal_oom": "generate"}
