@@ -24,6 +24,8 @@ Row = Mapping[str, Any]
 CONFIGS = Path(__file__).parents[1] / "tests" / "measured" / "configs.json"
 """The configs of the models that rows name."""
 
+H100_BYTES = 85_017_493_504
+"""What torch saw of the card that the rows were measured on."""
 _QUANTIZED = {"nf4", "fp4", "int8"}
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 _MAPPED = {
@@ -37,7 +39,8 @@ _NEUTRAL = {
     "status", "error", "traceback", "stats_error", "peak_allocated", "peak_reserved",
     "train_peak_allocated", "train_peak_reserved", "load_peak_allocated", "device_used_bytes",
     "seconds", "step_seconds", "steps", "solo", "snapshot", "need_gib", "fails_at_mib", "passes_at_mib",
-    "trials", "runs", "predicted_boundary_bytes", "predicted_range_bytes",
+    "trials", "runs", "predicted_boundary_bytes", "predicted_range_bytes", "is_as_predicted", "seed",
+    "real_gpus", "note",
 }  # fmt: skip
 """What was measured, and how: nothing that a request says."""
 
@@ -110,7 +113,7 @@ def _card(row: Row) -> CardSpec:
     capped = row.get("status") == "oom" and row.get("limit_gib")
     return CardSpec(
         name="H100",
-        total_bytes=int(row["limit_gib"] * GIB) if capped else row["total_bytes"],
+        total_bytes=int(row["limit_gib"] * GIB) if capped else row.get("total_bytes", H100_BYTES),
         compute_capability=(9, 0),
         multiprocessor_count=132,
     )
@@ -145,8 +148,13 @@ def not_predicted(row: Row) -> str | None:
         return "not predicted yet: inference"
     if row.get("strategy", "ddp") != "ddp":
         return f"not predicted yet: {row['strategy']}"
+    return None
+
+
+def unread(row: Row) -> str | None:
+    """The fields that no request has, as a note: the prediction goes without them."""
     unknown = sorted(key for key in row.keys() - _MAPPED - _NEUTRAL if row[key])
-    return f"not predicted yet: {', '.join(unknown)}" if unknown else None
+    return f"predicted without: {', '.join(unknown)}" if unknown else None
 
 
 def predict(row: Row) -> Result:
@@ -163,6 +171,9 @@ def predict(row: Row) -> Result:
     except Exception as error:
         text = " ".join(str(error).split())[:300]
         return _noted(result, f"failed: {type(error).__name__}: {text}")
+    without = unread(row)
+    if without:
+        predicted = _noted(predicted, without)
     return replace(predicted, seconds=round(time.perf_counter() - began, 3))
 
 
