@@ -10,7 +10,7 @@ SHOWN_CHARACTERS = 100
 
 _ESCAPE = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, the cursor
-    r"|(?:\x1b\]|\x9d).*?(?:\x07|\x1b\\|\x9c|$)"  # OSC: titles, links
+    r"|(?:\x1b[\]PX^_]|\x9d).*?(?:\x07|\x1b\\|\x9c|$)"  # OSC, DCS and the like: titles, links, clipboard
     r"|\x1b.?",
     re.DOTALL,
 )
@@ -18,9 +18,14 @@ _ESCAPE = re.compile(
 _UNPRINTABLE = {"Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"}
 
 
+def without_escapes(text: str) -> str:
+    """`text` without the sequences by which it could steer a terminal."""
+    return _ESCAPE.sub("", text)
+
+
 def printable(text: str, limit: int = SHOWN_CHARACTERS) -> str:
     """`text` as a message may quote it: no escape sequence, control or backtick, no more than `limit`."""
-    kept = _ESCAPE.sub("", text[: 8 * limit])
+    kept = without_escapes(text[: 8 * limit])
     kept = "".join(c for c in kept if unicodedata.category(c) not in _UNPRINTABLE)
     kept = re.sub(r"\s", " ", kept).replace("`", "'")
     if not kept.strip():

@@ -8,8 +8,15 @@ from typing import Any
 
 import click
 
-from memplan.cli.options import SECTIONS, Option, field_options, normalized, request_values
-from memplan.cli.output import FORMATS, Output
+from memplan.cli.options import (
+    OUTPUT,
+    SECTIONS,
+    format_option,
+    job_options,
+    normalized,
+    request_values,
+)
+from memplan.cli.output import Output
 from memplan.errors import ExitCode
 from memplan.request.types import CardSpec, Origin, Request
 
@@ -26,7 +33,6 @@ Exit codes: 0 it fits, 1 it does not fit, 2 bad usage or input, 3 unknown.
 """
 _VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """As torch ranks them, c10/core/AllocatorConfig.h."""
-_OUTPUT = "Output"
 
 
 class CheckCommand(click.Command):
@@ -38,11 +44,11 @@ class CheckCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The options, section by section."""
-        for section in (*SECTIONS, _OUTPUT):
+        for section in (*SECTIONS, OUTPUT):
             records = [
                 record
                 for parameter in self.get_params(ctx)
-                if isinstance(parameter, click.Option) and getattr(parameter, "section", _OUTPUT) == section
+                if isinstance(parameter, click.Option) and getattr(parameter, "section", OUTPUT) == section
                 if (record := parameter.get_help_record(ctx)) is not None
             ]
             with formatter.section(section):
@@ -51,7 +57,7 @@ class CheckCommand(click.Command):
 
 def command() -> click.Command:
     """The verb, for the command group."""
-    machine = "Cards of the job: 3x23.64GiB, 2xRTX4090, H100-80GB. This machine's if left out."
+    cards = "Cards of the job: 3x23.64GiB, 2xRTX4090, H100-80GB. This machine's if left out."
     return CheckCommand(
         "check",
         callback=check,
@@ -59,16 +65,8 @@ def command() -> click.Command:
         short_help="Predict the GPU memory of a fine-tune.",
         params=[
             click.Argument(["model"], metavar="MODEL"),
-            *field_options(),
-            Option("gpus", section="Machine", metavar="CARDS", help=machine),
-            Option("no_cache", section=_OUTPUT, is_flag=True, help="Trace anew, and keep nothing."),
-            Option(
-                "format",
-                section=_OUTPUT,
-                type=click.Choice(FORMATS),
-                default="auto",
-                help="human, json, or quiet (the verdict alone).",
-            ),
+            *job_options(cards),
+            format_option("the verdict alone"),
         ],
     )
 

@@ -10,13 +10,12 @@ from typing import Any, BinaryIO
 import click
 
 from memplan.cli.check import CheckCommand, build_request
-from memplan.cli.options import FIELDS, Option, field_options
-from memplan.cli.output import FORMATS, Output
+from memplan.cli.options import FIELDS, OUTPUT, Option, format_option, job_options
+from memplan.cli.output import Output
 from memplan.errors import MemplanError
 from memplan.names import printable
 
 RECOGNISED, NOT_RECOGNISED = 0, 1
-_OUTPUT = "Output"
 _HELP = """Say what an out-of-memory text means, and what to change.
 
 FILE is a log of any size; without one the text is read from standard input. With --model and the
@@ -37,7 +36,7 @@ _CLIPBOARDS = (
 
 def command() -> click.Command:
     """The verb, for the command group."""
-    machine = "Cards of the job, as `memplan check` takes them. The text's own card if left out."
+    cards = "Cards of the job, as `memplan check` takes them. The text's own card if left out."
     return CheckCommand(
         "diagnose",
         callback=diagnose,
@@ -45,25 +44,15 @@ def command() -> click.Command:
         short_help="Explain an out-of-memory text.",
         params=[
             click.Argument(["file"], metavar="[FILE]", required=False),
-            Option(
-                "paste", section=_OUTPUT, is_flag=True, help="Read the clipboard, else until end of file."
-            ),
+            Option("paste", section=OUTPUT, is_flag=True, help="Read the clipboard, else until end of file."),
             Option(
                 "model",
                 section="Model",
                 metavar="MODEL",
                 help="Plan this model's run again, beside the text.",
             ),
-            *field_options(),
-            Option("gpus", section="Machine", metavar="CARDS", help=machine),
-            Option("no_cache", section=_OUTPUT, is_flag=True, help="Trace anew, and keep nothing."),
-            Option(
-                "format",
-                section=_OUTPUT,
-                type=click.Choice(FORMATS),
-                default="auto",
-                help="human, json, or quiet (kind, phase and cause alone).",
-            ),
+            *job_options(cards),
+            format_option("kind, phase and cause alone"),
         ],
     )
 

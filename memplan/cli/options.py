@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import click
 
+from memplan.cli.output import FORMATS
 from memplan.names import nearest
 from memplan.request.types import Origin
 
@@ -76,6 +77,10 @@ _UNRECORDED = frozenset({"token", "revision", "trust_remote_code"})
 """Which model, not what its job needs: no origin is shown for them, least of all for a secret."""
 
 
+OUTPUT = "Output"
+"""The section of the options that say how to answer."""
+
+
 class Option(click.Option):
     """An option under both spellings, shown under the first; `section` groups it in the help."""
 
@@ -91,6 +96,22 @@ class Option(click.Option):
         if record is None or len(self.opts) == 1:
             return record
         return record[0].replace(f"{self.opts[0]}, {self.opts[1]}", self.opts[0]), record[1]
+
+
+def job_options(cards: str) -> list[click.Parameter]:
+    """What every verb that plans a job takes: its fields, its cards, and whether to look into the cache."""
+    return [
+        *field_options(),
+        Option("gpus", section=_MACHINE, metavar="CARDS", help=cards),
+        Option("no_cache", section=OUTPUT, is_flag=True, help="Trace anew, and keep nothing."),
+    ]
+
+
+def format_option(quiet: str) -> Option:
+    """`--format`, with what it says where it is told to be quiet."""
+    choice = click.Choice(FORMATS)
+    text = f"human, json, or quiet ({quiet})."
+    return Option("format", section=OUTPUT, type=choice, default="auto", help=text)
 
 
 def field_options() -> list[click.Parameter]:

@@ -6,8 +6,8 @@ import time
 
 import click
 
-from memplan.cli.options import Option
-from memplan.cli.output import FORMATS, Output
+from memplan.cli.options import OUTPUT, Option, format_option
+from memplan.cli.output import Output
 from memplan.errors import ExitCode
 
 _HELP = """Show the GPUs of this machine, what they are and who holds their memory, through NVML.
@@ -16,7 +16,6 @@ _HELP = """Show the GPUs of this machine, what they are and who holds their memo
 Exit codes: 0 all is known that planning needs, 2 no GPU or no driver, 3 the memory of a card that
 a program would see is unknown.
 """
-_OUTPUT = "Output"
 _LEAST_SECONDS = 0.1
 
 
@@ -30,20 +29,14 @@ def command() -> click.Command:
         params=[
             Option(
                 "watch",
-                section=_OUTPUT,
+                section=OUTPUT,
                 type=click.FloatRange(min=_LEAST_SECONDS),
                 is_flag=False,
                 flag_value=2.0,
                 metavar="[SECONDS]",
                 help="Look again and again, every 2 s or as often as said, until interrupted.",
             ),
-            Option(
-                "format",
-                section=_OUTPUT,
-                type=click.Choice(FORMATS),
-                default="auto",
-                help="human, json, or quiet (what --gpus takes).",
-            ),
+            format_option("what --gpus takes"),
         ],
     )
 

@@ -114,7 +114,7 @@ def _answer(
     limit = _position_limit(facts.config)
     resolved = resolve_defaults(request, checkpoint_dtype=facts.checkpoint_dtype, position_limit=limit)
     validate(resolved)
-    cards = _cards_of_ranks(resolved)
+    cards = resolved.cards[: resolved.num_processes]  # `validate` has seen that there are enough
     cached = True
     notes: tuple[str, ...] = ()
     if timeline is None:
@@ -145,20 +145,6 @@ def _answer(
     return _Answer(
         result, timeline, cards, conf, facts, cached, length_warnings(resolved, position_limit=limit)
     )
-
-
-def _cards_of_ranks(request: Request) -> tuple[CardSpec, ...]:
-    count = request.num_processes or 1
-    if not request.cards:
-        return ()
-    if len(request.cards) < count:
-        raise MemplanError(
-            "too-few-cards",
-            f"{count} processes were asked for and {len(request.cards)} cards named",
-            context="each process trains on a card of its own",
-            hint=f"name {count} cards with `--gpus`, or lower `--num_processes`",
-        )
-    return request.cards[:count]
 
 
 def _alternatives(answer: _Answer, use_cache: bool, is_fragmented: bool) -> tuple[Alternative, ...]:

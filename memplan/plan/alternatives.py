@@ -41,11 +41,10 @@ def changes(request: Request, *, is_fragmented: bool = False) -> Iterator[Mappin
 
 def as_options(change: Mapping[str, Any]) -> str:
     """`--load_in_4bit --per_device_train_batch_size 1`; the allocator's settings as the variable they are."""
-    return " ".join(
-        f"PYTORCH_ALLOC_CONF={value}"
-        if name == "alloc_conf"
-        else f"--{name}"
-        if value is True
-        else f"--{name} {value}"
-        for name, value in change.items()
-    )
+    return " ".join(_option(name, value) for name, value in change.items())
+
+
+def _option(name: str, value: Any) -> str:
+    if name == "alloc_conf":
+        return f"PYTORCH_ALLOC_CONF={value}"
+    return f"--{name}" if value is True else f"--{name} {value}"

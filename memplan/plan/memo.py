@@ -10,12 +10,11 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from memplan.timeline import Timeline
-from memplan.trace.cache import cache_directory
+from memplan.trace.cache import cache_directory, own_sources
 
 KEY = "cache_key"
 """In `Timeline.facts`: what the timeline is kept under; missing where nothing is kept."""
@@ -28,7 +27,7 @@ def recalled(timeline: Timeline, question: str, compute: Callable[[], Any]) -> A
         return compute()
     path = cache_directory() / f"{key}.answers.json"
     known = _read(path)
-    name = hashlib.sha256(f"{_own_sources()} {question}".encode()).hexdigest()[:24]
+    name = hashlib.sha256(f"{own_sources('allocator', 'plan')} {question}".encode()).hexdigest()[:24]
     if name not in known:
         known[name] = compute()
         _write(path, known)
@@ -50,14 +49,3 @@ def _write(path: Path, known: dict[str, Any]) -> None:
         Path(file.name).replace(path)
     except OSError:
         return  # the timeline's own note tells that nothing can be kept
-
-
-@lru_cache(maxsize=1)
-def _own_sources() -> str:
-    package = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for folder in ("plan", "allocator"):
-        for path in sorted((package / folder).glob("*.py")):
-            status = path.stat()
-            digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import unicodedata
 from collections.abc import Mapping
 from typing import TextIO
 
-_ESCAPE_SEQUENCE = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
-    r"|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)"  # OSC, DCS and the like: titles, links, clipboard
-    r"|\x1b.?"
-    r"|\x9b[0-?]*[ -/]*[@-~]",
-    re.DOTALL,
-)
+from memplan.names import without_escapes
+
 _PLAIN = str.maketrans(
     {
         **dict.fromkeys("╭╮╰╯┌┐└┘├┤┬┴┼╞╡╪╟╢", "+"),
@@ -28,7 +22,7 @@ _PLAIN = str.maketrans(
 
 def clean(text: object) -> str:
     """Text from outside without escape sequences, control and invisible formatting characters."""
-    visible = _ESCAPE_SEQUENCE.sub("", str(text))
+    visible = without_escapes(str(text))
     return "".join(c for c in visible if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co"))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from memplan.estimate import Estimate, Failure, Plan, RankEstimate
+from memplan.plan.alternatives import as_options
 from memplan.report.text import clean_line
 from memplan.request.types import Origin, Request
 from memplan.units import GIB, KIB, MIB, format_bytes, parse_bytes
@@ -169,7 +170,7 @@ def _torch_size(size_bytes: int) -> str:
 
 def change_text(change: Mapping[str, Any]) -> str:
     """A change as the options that make it: `--load_in_4bit --max_length 512`."""
-    return " ".join(_option(name, value) for name, value in change.items())
+    return clean_line(as_options(change))
 
 
 def assumed(origins: Mapping[str, Origin]) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -219,13 +220,6 @@ def footer(plan: Plan) -> str:
     )
     took = f"{plan.seconds:.1f} s{', from the cache' if plan.cached else ''}"
     return f"For {versions}; {took}" if versions else took
-
-
-def _option(name: str, value: Any) -> str:
-    if name == "alloc_conf":
-        return f"PYTORCH_ALLOC_CONF={value_text(value)}"
-    option = f"--{clean_line(name)}"
-    return option if value is True else f"{option} {value_text(value)}"
 
 
 def _when(phase: str, step: int) -> str:

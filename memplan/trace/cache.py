@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from dataclasses import asdict
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def cache_key(request: Request, facts: ModelFacts, card: CardSpec | None) -> str
         "request": asked,
         "kernels": kernels,
         "versions": library_versions(),
-        "sources": _own_sources(),
+        "sources": own_sources("trace"),
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
@@ -91,10 +91,11 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-@lru_cache(maxsize=1)
-def _own_sources() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+@cache
+def own_sources(*folders: str) -> str:
+    """A digest of this package's files in `folders`, by size and time: what is kept is theirs."""
+    package, digest = Path(__file__).parent.parent, hashlib.sha256()
+    for path in sorted(path for folder in folders for path in (package / folder).rglob("*.py")):
         status = path.stat()
         digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()

@@ -6,7 +6,7 @@ from array import array
 from bisect import bisect_left
 from dataclasses import replace
 
-from memplan.timeline import Category, Kind, Phase, Timeline
+from memplan.timeline import Category, Kind, Timeline
 
 UNKNOWN_CATEGORY = -1
 _EVENT_COLUMNS = ("kind", "storage", "size_bytes", "phase", "operator", "module", "stream")
@@ -143,8 +143,3 @@ def repeat_step(timeline: Timeline, step: int) -> Timeline | None:
     out.category = array("b", timeline.category)
     out.category.extend(timeline.category[s] for s in sorted(born_in))
     return out
-
-
-def is_training(phase: Phase) -> bool:
-    """Whether a phase belongs to the steps, not to loading or preparing."""
-    return phase.step >= 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -25,8 +26,6 @@ def trace_job(
 ) -> Timeline:
     """See `memplan.trace.trace`; with `skip_layers=False` every layer runs."""
     with _quiet():
-        import torch
-
         from memplan.trace.depth import DepthMismatchError
 
         _import_libraries(request)
@@ -42,7 +41,6 @@ def trace_job(
         if steps < STEPS:
             repeated = repeat_step(timeline, steps - 1)
             timeline = repeated or _run(request, facts, card, STEPS, skip_layers=skip_layers)
-        timeline.facts["torch"] = torch.__version__
     return timeline
 
 
@@ -58,13 +56,13 @@ def _run(
     from memplan.trace.recorder import Recorder
     from memplan.trace.step import Steps, begin_training, logits_modules, prepare_model
 
-    recorder, target = Recorder(), CudaTarget.of(card)
+    recorder = Recorder()
     with (
         fake_process_group(request.num_processes or 1, recorder),
-        as_cuda(target, recorder),
+        as_cuda(CudaTarget.of(card), recorder),
         ddp.wrapper(request, recorder) as wrap,
     ):
-        model: Any = load_model(request, facts, recorder, target)
+        model: Any = load_model(request, facts, recorder)
         parameters, weight_bytes = _count(model), _weight_bytes(model)
         model = prepare_model(model, request, recorder)
         recorder.attribution.attach(model)
@@ -101,29 +99,19 @@ def _import_libraries(request: Request) -> None:
 
     if request.use_peft:
         import peft  # noqa: F401
-    if request.is_quantized or "8bit" in str(request.optim) or "bnb" in str(request.optim):
-        import bitsandbytes
-    if str(request.optim).startswith(("paged", "lion", "rmsprop", "ademamix")):
+    optim = str(request.optim)
+    by_name = "8bit" in optim or "bnb" in optim or optim.startswith(("paged", "lion", "rmsprop", "ademamix"))
+    if request.is_quantized or by_name:
         import bitsandbytes  # noqa: F401
 
 
 def _count(model: Any) -> int:
-    packed = (getattr(p, "quant_state", None) for p in model.parameters())
-    return sum(
-        parameter.numel() if state is None else _elements(state.shape)
-        for parameter, state in zip(model.parameters(), packed, strict=True)
-    )
+    states = ((p, getattr(p, "quant_state", None)) for p in model.parameters())
+    return sum(p.numel() if state is None else math.prod(state.shape) for p, state in states)
 
 
 def _weight_bytes(model: Any) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def _elements(shape: Any) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,14 +12,13 @@ from torch import nn
 
 from memplan.errors import ExitCode, MemplanError
 from memplan.models.types import ModelFacts
+from memplan.names import nearest
 from memplan.request.types import Request
 from memplan.timeline import Category
-from memplan.trace.as_cuda.target import CudaTarget
 from memplan.trace.recorder import Recorder
-from memplan.units import GIB
 
-WARMUP_RESERVE_BYTES = int(1.2 * GIB)
-"""transformers' caching_allocator_warmup leaves this much of the card alone (modeling_utils.py, 5.17.0)."""
+WARMUP = "caching_allocator_warmup"
+"""The loader's first block, as large as the model; a replay bounds it by the card (`memplan.plan.ranks`)."""
 
 
 def build_config(facts: ModelFacts, *, trust_remote_code: bool = False) -> Any:
@@ -50,7 +49,7 @@ def build_config(facts: ModelFacts, *, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
-def load_model(request: Request, facts: ModelFacts, recorder: Recorder, target: CudaTarget) -> nn.Module:
+def load_model(request: Request, facts: ModelFacts, recorder: Recorder) -> nn.Module:
     """The model on meta, its weights' births logged in the order in which the loader makes them."""
     if request.use_liger_kernel:
         raise MemplanError(
@@ -70,7 +69,7 @@ def load_model(request: Request, facts: ModelFacts, recorder: Recorder, target: 
             with recorder.paused(), _no_weight_init():
                 model = _from_config(config, dtype, request)
     if request.load != "from_config":
-        _load_weights(model, dtype, request, recorder, target)
+        _load_weights(model, dtype, request, recorder)
     model.config.use_cache = False
     attention = getattr(model.config, "_attn_implementation", None)
     if attention != request.attn_implementation:
@@ -79,18 +78,13 @@ def load_model(request: Request, facts: ModelFacts, recorder: Recorder, target: 
     return model
 
 
-def model_class(config: Any) -> Any:
-    """The auto class that has a head for this config: causal, then sequence to sequence, then any."""
+def _from_config(config: Any, dtype: torch.dtype, request: Request) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM
-
-
-def _from_config(config: Any, dtype: torch.dtype, request: Request) -> Any:
     origin = request.origins.get("attn_implementation")
     stated = origin is None or origin.stated
     with torch.device("meta"):
-        return model_class(config).from_config(
+        return AutoModelForCausalLM.from_config(
             config,
             dtype=dtype,
             attn_implementation=request.attn_implementation if stated else None,
@@ -106,9 +100,7 @@ def _no_weight_init() -> Iterator[None]:
         yield
 
 
-def _load_weights(
-    model: Any, dtype: torch.dtype, request: Request, recorder: Recorder, target: CudaTarget
-) -> None:
+def _load_weights(model: Any, dtype: torch.dtype, request: Request, recorder: Recorder) -> None:
     """Run the loader's own loop over a checkpoint whose tensors have shapes and no data."""
     from transformers import modeling_utils
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -123,7 +115,7 @@ def _load_weights(
             quantizer.preprocess_model(
                 model=model, dtype=dtype, device_map=device_map, checkpoint_files=None, use_kernels=False
             )
-    _warm_up(model, recorder, quantizer, target)
+    _warm_up(model, recorder, quantizer)
     config = modeling_utils.LoadStateDictConfig(
         device_map=device_map,
         dtype=dtype,
@@ -178,19 +170,16 @@ def _quantizer(request: Request) -> Any:
     return AutoHfQuantizer.from_config(config, pre_quantized=False)
 
 
-def _warm_up(model: Any, recorder: Recorder, quantizer: Any, target: CudaTarget) -> None:
-    """caching_allocator_warmup: one block as large as the model, freed at once, so that loading needs no more."""
+def _warm_up(model: Any, recorder: Recorder, quantizer: Any) -> None:
+    """One block as large as the model, freed at once, so that loading needs no more."""
     from transformers.modeling_utils import expand_device_map, get_total_byte_count
 
     names = list(model.state_dict())
     where = {name: torch.device("cuda", 0) for name in expand_device_map({"": 0}, names)}
     with recorder.paused():
         byte_count = sum(get_total_byte_count(model, where, quantizer).values())
-    byte_count = min(byte_count, max(target.total_bytes - WARMUP_RESERVE_BYTES, 0))
     size_bytes = int(byte_count // 2) * 2
-    recorder.release(
-        recorder.allocate(size_bytes, "caching_allocator_warmup", Category.TEMPORARIES), size_bytes
-    )
+    recorder.release(recorder.allocate(size_bytes, WARMUP, Category.TEMPORARIES), size_bytes)
 
 
 @contextlib.contextmanager
@@ -286,12 +275,10 @@ def _can_be_built(facts: ModelFacts) -> Iterator[None]:
 
 
 def _unknown_model_type(facts: ModelFacts, model_type: str) -> MemplanError:
-    import difflib
-
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    near = difflib.get_close_matches(model_type, CONFIG_MAPPING_NAMES, 3)
+    near = nearest(model_type, CONFIG_MAPPING_NAMES, 3)
     hint = (
         "near names: " + ", ".join(f"`{name}`" for name in near)
         if near
@@ -308,8 +295,3 @@ def _unknown_model_type(facts: ModelFacts, model_type: str) -> MemplanError:
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else text[:297] + "..."
-
-
-def config_fields(config: Any) -> Mapping[str, Any]:
-    """The config as plain fields."""
-    return dict(config.to_dict())

@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memplan.timeline import Category, Kind, Phase, Timeline
 from memplan.trace.attribution import Attribution
+from memplan.trace.finish import UNKNOWN_CATEGORY, merge_accumulations
 from memplan.trace.shadows import Shadows
 
 Kernel = Callable[..., Any]
 WorkspaceSizes = Callable[[tuple[Any, ...], dict[str, Any], Any], list[int]]
 
-UNKNOWN_CATEGORY = -1
 _META = torch.device("meta").type
 # Operators that give an existing tensor another storage although their schema says that they alias it.
 _RESIZING = frozenset({"aten::resize_", "aten::resize_as_", "aten::set_", "aten::lift_fresh"})
@@ -52,7 +52,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         self._timeline = Timeline()
         self._category: list[int] = []
         self._default_category = UNKNOWN_CATEGORY
-        self._owner: dict[int, int] = {}
         self._alive: dict[int, tuple[weakref.ref[Any], list[int]]] = {}
         self._ignored: dict[int, weakref.ref[Any]] = {}
         self._phase_index: dict[Phase, int] = {}
@@ -119,8 +118,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
 
     def finish(self, facts: dict[str, Any]) -> Timeline:
         """The timeline so far, with gradients accumulated in place as on CUDA; `passes` keeps step with it."""
-        from memplan.trace.finish import merge_accumulations
-
         self._timeline.category = array("b", self._category)
         self._timeline.facts = facts
         self._timeline.modules = self.attribution.modules

@@ -110,7 +110,7 @@ class Steps:
         depth: Depth | None,
         skipped: Skipped,
     ) -> None:
-        self._model, self._inner, self._request, self._recorder = model, inner, request, recorder
+        self._model, self._request, self._recorder = model, request, recorder
         self._depth, self._skipped = depth, skipped
         self._named = _parameters_by_layer(inner, depth)
         for layer, name, parameter in self._named:

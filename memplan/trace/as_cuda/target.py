@@ -20,7 +20,6 @@ class CudaTarget:
 
     compute_capability: tuple[int, int] = (9, 0)
     multiprocessor_count: int = H100_MULTIPROCESSORS
-    total_bytes: int = 80 << 30
 
     @classmethod
     def of(cls, card: CardSpec | None) -> CudaTarget:
@@ -29,9 +28,4 @@ class CudaTarget:
             return cls()
         capability = card.compute_capability or (9, 0)
         count = card.multiprocessor_count or _MULTIPROCESSORS.get(capability, H100_MULTIPROCESSORS)
-        return cls(capability, count, card.total_bytes)
-
-    @property
-    def is_hopper(self) -> bool:
-        """Compute capability 9.0: H100, H200, GH200."""
-        return self.compute_capability == (9, 0)
+        return cls(capability, count)
