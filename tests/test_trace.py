@@ -255,3 +255,20 @@ def test_other_cards_have_other_kernels() -> None:
         "aten::_scaled_dot_product_cudnn_attention",
         "aten::_scaled_dot_product_cudnn_attention_backward",
     }
+
+
+def test_a_timeline_is_of_any_card_with_the_same_kernels() -> None:
+    """The cache keeps one for all of them; what a card's size changes is for the replay."""
+    from memplan.plan.ranks import WARMUP, on_card
+    from memplan.request.types import CardSpec
+    from memplan.trace.cache import cache_key
+
+    asked, model = request(load="pretrained"), facts("llama")
+    small = CardSpec(name="small", total_bytes=1_300_000_000, compute_capability=(9, 0))
+    large = replace(small, name="large", total_bytes=80 << 30)
+    assert cache_key(asked, model, small) == cache_key(asked, model, large)
+    traced = trace_job(asked, model, small)
+    assert traced.to_bytes() == trace_job(asked, model, large).to_bytes()
+    first = traced.operator.index(traced.operators.index(WARMUP))
+    blocks = [on_card(traced, card.total_bytes).size_bytes[first] for card in (small, large)]
+    assert blocks == [1_300_000_000 - int(1.2 * (1 << 30)), traced.facts["weight_bytes"]]

@@ -238,6 +238,8 @@ def _card_notes(cards: tuple[CardSpec, ...], request: Request) -> tuple[str, ...
     from memplan.gpus.context import non_torch_bytes
 
     notes = [f"CUDA context of {card.name}: {non_torch_bytes(card)[1]}" for card in dict.fromkeys(cards)]
+    if len({(card.compute_capability, card.multiprocessor_count) for card in cards}) > 1:
+        notes.append(f"the cards' kernels differ; every rank is traced with those of {cards[0].name}")
     if (request.num_processes or 1) > 1:
         notes.append("NCCL's own buffers are not measured and not counted")
     return tuple(notes)
